@@ -1,0 +1,1 @@
+"""The six stages, one module each; every module offers ``run(profile, workspace, ...) -> Artifact``."""
