@@ -1,4 +1,8 @@
-"""Scenes as little photographs: analytic shapes with light, shadow, texture, focus and camera noise; numpy only."""
+"""Scenes as little photographs: analytic shapes with light, shadow, texture, focus and camera noise.
+
+Every shape is a signed distance to its edge, which gives the share of each pixel it covers, and a surface normal,
+which gives its shading. Everything is elementwise float32 arithmetic on small windows of the picture.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from jaxtyping import Float32, UInt8
 from gmail_cli.components.scenes.world import Dice, Scene, SceneObject
 from gmail_cli.errors import UsageError
 
-Plane = Float32[np.ndarray, "rows columns"]
+Plane = Float32[np.ndarray, "#rows #columns"]
 Picture = Float32[np.ndarray, "rows columns 3"]
 Colour = tuple[float, float, float]
 
@@ -90,7 +94,7 @@ def render(scene: Scene, *, size: int = 64) -> UInt8[np.ndarray, "size size 3"]:
         if thing.depth == "far":
             _draw_object(picture, thing, scene, sky)
     if scene.camera.soft:
-        picture = _blurred(picture)
+        _defocus(picture)
     for thing in far_to_near:
         if thing.depth == "near":
             _draw_object(picture, thing, scene, sky)
@@ -111,7 +115,7 @@ def _draw_sky(picture: Picture, scene: Scene, sky: _Sky, dice: Dice, size: int) 
         picture[stars] = 0.75
         _blend(picture, _cover(np.hypot(x - side, y - 0.10) - 0.055, size), (0.93, 0.93, 0.85))
     elif scene.sky in ("day", "sunset"):
-        height = 0.10 if scene.sky == "day" else horizon - 0.11
+        height = 0.10 if scene.sky == "day" else horizon - 0.16
         distance = np.hypot(x - side, y - height)
         _blend(picture, 0.55 * np.exp(-((distance / 0.16) ** 2)), (1.0, 0.93, 0.70))
         _blend(picture, _cover(distance - 0.055, size), (1.0, 0.97, 0.80))
@@ -128,9 +132,7 @@ def _draw_sky(picture: Picture, scene: Scene, sky: _Sky, dice: Dice, size: int) 
 _PUFFS = ((0.0, 0.0, 0.045), (-0.06, 0.012, 0.032), (0.06, 0.012, 0.034))
 
 
-def _draw_backdrop(
-    picture: Picture, x: Plane, y: Plane, scene: Scene, sky: _Sky, dice: Dice, size: int
-) -> None:
+def _draw_backdrop(picture: Picture, x: Plane, y: Plane, scene: Scene, sky: _Sky, dice: Dice, size: int) -> None:
     horizon = picture.shape[0] / size
     column = x[0]
     if scene.backdrop == "mountains":
@@ -181,10 +183,7 @@ def _draw_ground(picture: Picture, scene: Scene, sky: _Sky, dice: Dice, size: in
     elif scene.ground == "snow":
         value = 0.97 + 0.04 * np.sin(across * 3.0 + 7.0 * shift) * np.sin(away * 2.0) + 0.03 * speck
     elif scene.ground == "water":
-        value = (
-            1.0
-            + (0.22 * np.sin(away * 16.0 + 1.5 * np.sin(across * 6.0 + 7.0 * shift)) + 0.05 * speck) * near
-        )
+        value = 1.0 + (0.22 * np.sin(away * 16.0 + 1.5 * np.sin(across * 6.0 + 7.0 * shift)) + 0.05 * speck) * near
     elif scene.ground == "tiles":
         dark = (np.floor(across * 3.0 + shift) + np.floor(away * 1.7)) % 2.0
         value = 1.08 - 0.38 * dark + 0.04 * speck
@@ -280,9 +279,7 @@ class _Patch:
         self.pixel = 1.0 / (size * thing.height)
         self.material = thing.material
         self.paint_colour = np.asarray(_PAINT[thing.colour], np.float32)
-        self.contrast = np.asarray(
-            (0.30, 0.30, 0.34) if thing.colour == "white" else (0.97, 0.97, 0.95), np.float32
-        )
+        self.contrast = np.asarray((0.30, 0.30, 0.34) if thing.colour == "white" else (0.97, 0.97, 0.95), np.float32)
         self.sky = sky
         self.light = (0.58 * light * flip, 0.58, 0.57)
         self.cover = np.zeros(shape, np.float32)
@@ -317,14 +314,11 @@ class _Patch:
             * surface
         )
         if own and self.material == "shiny":
-            glare = np.clip(0.52 * nx * self._sign(lx) + 0.42 * ny + 0.78 * nz, 0.0, 1.0) ** 24
+            side = 0.52 if lx > 0 else -0.52
+            glare = np.clip(side * nx + 0.42 * ny + 0.74 * nz, 0.0, 1.0) ** 24
             lit = lit + (0.9 * (sky.ambient + 0.3) * np.asarray(glare, np.float32))[..., None]
         self.colour += cover[..., None] * (lit - self.colour)
         self.cover = np.maximum(self.cover, cover)
-
-    @staticmethod
-    def _sign(value: float) -> float:
-        return 1.0 if value > 0 else -1.0
 
     def _surface(self) -> Picture | Float32[np.ndarray, "3"]:
         if self.material == "striped":
@@ -351,9 +345,7 @@ def _cube(p: _Patch) -> None:
     u, v = p.u, p.v
     glow = 0.35 * (u + v - 0.4)
     p.fill(_convex(u, v, ((0.26, 0.0), (0.46, 0.2), (0.46, 0.92), (0.26, 0.72))), nx=0.92, ny=0.0)
-    p.fill(
-        _convex(u, v, ((-0.46, 0.72), (0.26, 0.72), (0.46, 0.92), (-0.26, 0.92))), nx=0.05, ny=0.85 + 0.1 * u
-    )
+    p.fill(_convex(u, v, ((-0.46, 0.72), (0.26, 0.72), (0.46, 0.92), (-0.26, 0.92))), nx=0.05, ny=0.85 + 0.1 * u)
     p.fill(
         _convex(u, v, ((-0.46, 0.0), (0.26, 0.0), (0.26, 0.72), (-0.46, 0.72))),
         nx=-0.35 + glow,
@@ -402,18 +394,14 @@ def _star(p: _Patch) -> None:
 
 def _mushroom(p: _Patch) -> None:
     stem = 0.12 + 0.05 * (0.5 - p.v) ** 2 * 4.0
-    p.fill(
-        np.maximum(np.abs(p.u) - stem, np.abs(p.v - 0.25) - 0.25), _CREAM, nx=np.clip(p.u / 0.18, -0.9, 0.9)
-    )
+    p.fill(np.maximum(np.abs(p.u) - stem, np.abs(p.v - 0.25) - 0.25), _CREAM, nx=np.clip(p.u / 0.18, -0.9, 0.9))
     x, y = p.u / 0.50, (p.v - 0.44) / 0.50
     cap = np.maximum((np.hypot(x, y) - 1.0) * 0.5, 0.42 - p.v + 0.12 * p.u**2)
     p.fill(cap, nx=np.clip(x, -0.95, 0.95), ny=np.clip(y, 0.0, 0.95))
 
 
 def _tree(p: _Patch) -> None:
-    p.fill(
-        np.maximum(np.abs(p.u) - 0.075, np.abs(p.v - 0.22) - 0.22), _BARK, nx=np.clip(p.u / 0.08, -0.9, 0.9)
-    )
+    p.fill(np.maximum(np.abs(p.u) - 0.075, np.abs(p.v - 0.22) - 0.22), _BARK, nx=np.clip(p.u / 0.08, -0.9, 0.9))
     for cu, cv, radius in (
         (-0.22, 0.52, 0.20),
         (0.22, 0.52, 0.20),
@@ -510,8 +498,11 @@ def _convex(u: Plane, v: Plane, corners: tuple[tuple[float, float], ...]) -> Pla
     return np.maximum.reduce(edges)
 
 
-def _blurred(picture: Picture) -> Picture:
-    """One pass of a (1, 2, 1)/4 filter along both axes."""
+def _defocus(picture: Picture) -> None:
+    """Blur far parts, the upper ones, with a (1, 2, 1)/4 filter along both axes; near ground stays sharp."""
+    size = picture.shape[0]
+    y, _ = _grid(0, size, 0, 1, size)
     padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = 0.25 * (padded[:-2] + padded[2:]) + 0.5 * padded[1:-1]
-    return 0.25 * (rows[:, :-2] + rows[:, 2:]) + 0.5 * rows[:, 1:-1]
+    blurred = 0.25 * (rows[:, :-2] + rows[:, 2:]) + 0.5 * rows[:, 1:-1]
+    picture += np.clip((0.84 - y) / 0.14, 0.0, 1.0)[..., None] * (blurred - picture)
