@@ -37,8 +37,8 @@ def test_mean_per_class_skips_classes_that_do_not_occur() -> None:
 
 
 def test_a_collapsed_model_scores_one_in_classes() -> None:
-    images = np.ones((50, 4), np.float32) / 2
-    prompts = np.ones((21, 4), np.float32)
+    vector = np.random.default_rng(0).normal(size=(1, 96)).astype(np.float32)
+    images, prompts = np.repeat(vector, 50, axis=0), np.repeat(vector, 21, axis=0)
     vectors = class_embeddings(prompts, class_rows=np.arange(21) % 7, classes=7)
     found = zero_shot(images, class_vectors=vectors, labels=np.arange(50) % 7)
     assert found.metrics() == pytest.approx(

@@ -86,9 +86,9 @@ def test_separability_runs_from_a_half_to_one(separability: object) -> None:
     rng = np.random.default_rng(0)
     real, generated = rng.normal(size=(2, 300, 8)).astype(np.float32)
     assert separability(real, generated=generated) == pytest.approx(0.5, abs=0.07)  # type: ignore[operator]
-    assert separability(real, generated=generated + 6) > 0.99  # type: ignore[operator]
+    assert separability(real, generated=generated + 6) > 0.97  # type: ignore[operator]
     assert separability(real, generated=real.copy()) == 0.5  # type: ignore[operator]
-    assert separability(real[:150], generated=generated + 6) > 0.99  # type: ignore[operator]
+    assert separability(real[:150], generated=generated + 6) > 0.97  # type: ignore[operator]
 
 
 def test_only_neighbours_see_a_gap_that_no_line_splits() -> None:
@@ -162,21 +162,21 @@ def test_coordinates_keep_pairs_and_separate_what_is_apart(method: str) -> None:
 
 
 def test_tsne_keeps_neighbours_where_pca_cannot() -> None:
-    """Twelve tight clusters in 20 dimensions: nearest neighbours must stay within their cluster."""
+    """Thirty tight clusters in 20 dimensions: nearest neighbours must stay within their cluster."""
     rng = np.random.default_rng(0)
-    cluster = np.repeat(np.arange(12), 10)
-    points = rng.normal(size=(12, 20))[cluster] + 0.05 * rng.normal(size=(120, 20))
+    cluster = np.repeat(np.arange(30), 8)
+    points = rng.normal(size=(30, 20))[cluster] + 0.3 * rng.normal(size=(240, 20))
     share = {}
     for method in ("pca", "tsne"):
         shown = plot_coordinates(points[::2], generated=points[1::2], method=method)  # type: ignore[arg-type]
-        positions = np.empty((120, 2))
+        positions = np.empty((240, 2))
         positions[::2], positions[1::2] = shown.real, shown.generated
         distances = np.linalg.norm(positions[:, None] - positions, axis=2)
         np.fill_diagonal(distances, np.inf)
-        nearest = np.argsort(distances, axis=1)[:, :5]
+        nearest = np.argsort(distances, axis=1)[:, :3]
         share[method] = (cluster[nearest] == cluster[:, None]).mean()
     assert share["tsne"] > 0.97
-    assert share["tsne"] > share["pca"]
+    assert share["pca"] < 0.8
 
 
 def test_what_has_no_gap_is_refused() -> None:

@@ -159,7 +159,7 @@ def test_what_has_no_interval_is_refused() -> None:
         bootstrap_mean(np.ones(3), draws=50)
     with pytest.raises(UsageError, match="level 95"):
         bootstrap_mean(np.ones(3), level=95)
-    with pytest.raises(InputError, match="p-value of a is 1.5"):
+    with pytest.raises(InputError, match=r"p-value of a is 1\.5"):
         holm({"a": 1.5})
     with pytest.raises(InputError, match="empty"):
         seed_summary([])

@@ -139,7 +139,8 @@ def test_a_worked_example() -> None:
 
 
 def test_a_collapsed_model_scores_one_in_n() -> None:
-    images, texts = np.ones((40, 8), np.float32), np.ones((200, 8), np.float32)
+    vector = np.random.default_rng(0).normal(size=(1, 96)).astype(np.float32)
+    images, texts = np.repeat(vector, 40, axis=0), np.repeat(vector, 200, axis=0)
     ranks = retrieval_ranks(images, texts=texts, owners=np.repeat(np.arange(40), 5))
     metrics = retrieval_metrics(ranks)
     assert metrics["text_to_image_recall_at_1"] == pytest.approx(1 / 40)

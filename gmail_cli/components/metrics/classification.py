@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from gmail_cli.components.metrics.distinct import Distinct, inner_products
 from gmail_cli.errors import InputError, UsageError
 
 _BLOCK_CELLS = 1 << 22  # scores held at once
@@ -89,8 +90,7 @@ def centroid_scores(
 ) -> Float[np.ndarray, "samples classes"]:
     """Nearness to each centroid: minus the squared distance, up to a constant of the sample."""
     _check_dims(vectors, centroids)
-    half_squares = 0.5 * np.square(centroids).sum(axis=1)
-    return vectors @ centroids.T - half_squares
+    return _products(vectors, centroids) - 0.5 * np.square(centroids).sum(axis=1)
 
 
 def neighbour_scores(
@@ -129,10 +129,11 @@ def neighbour_scores(
     one_hot = np.zeros((len(references), classes), np.float32)
     one_hot[np.arange(len(references)), labels] = 1
     votes = np.empty((len(vectors), classes), np.float32)
+    distinct = Distinct.of(references, order=np.arange(len(references)))
     step = max(1, _BLOCK_CELLS // len(references))
     for start in range(0, len(vectors), step):
         rows = slice(start, start + step)
-        scores = vectors[rows] @ references.T
+        scores = inner_products(vectors[rows], references=references, distinct=distinct)
         if groups is not None and reference_groups is not None:
             scores[groups[rows, None] == reference_groups] = -np.inf
         last = np.partition(scores, len(references) - k, axis=1)[:, [len(references) - k]]
@@ -154,7 +155,7 @@ def zero_shot(
 ) -> Classification:
     """Classify images by their cosine with the class vectors of :func:`class_embeddings`."""
     _check_dims(vectors, class_vectors)
-    return classify(vectors @ class_vectors.T, labels=labels)
+    return classify(_products(vectors, class_vectors), labels=labels)
 
 
 def classify(
@@ -182,6 +183,13 @@ def classify(
         tied=(scores == own).sum(axis=1) - 1,
         confusion=confusion,
     )
+
+
+def _products(
+    vectors: Float[np.ndarray, "samples dim"], classes: Float[np.ndarray, "classes dim"]
+) -> Float[np.ndarray, "samples classes"]:
+    distinct = Distinct.of(classes, order=np.arange(len(classes)))
+    return inner_products(vectors, references=classes, distinct=distinct)
 
 
 def _class_sums(

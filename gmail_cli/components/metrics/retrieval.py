@@ -1,9 +1,8 @@
 """Exact image-text retrieval ranks in bounded memory, and the recalls that follow from them.
 
-Scores are fp32 inner products, computed tile by tile. The last bit of a product depends on where in a tile
-it stands (BLAS kernels sum edges in another order). So equal vectors are scored once and counted as often as
-they occur, and the score of a true pair is read from the cell that its rivals are compared with: ties between
-duplicates are exact.
+Scores are fp32 inner products, computed tile by tile. Equal vectors are scored once and counted as often as
+they occur (see :mod:`gmail_cli.components.metrics.distinct`), and the score of a true pair is read from the
+cell that its rivals are compared with: ties between duplicates are exact.
 
 Ties are broken at random in expectation. Let a query's best positive have ``g`` candidates scoring strictly
 higher and let it be tied with ``m`` positives (itself included) and ``e`` other candidates. Of the top ``k``,
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from gmail_cli.components.metrics.distinct import Distinct
 from gmail_cli.errors import InputError, UsageError
 
 KS = (1, 5, 10)
@@ -200,8 +200,8 @@ def retrieval_ranks(
         pair_text, pair_image = np.divmod(np.unique(both), len(images))
 
     # Texts in the order of their images: the tiles that hold true pairs are then few, near the diagonal.
-    text_set = _Distinct.of(texts, order=np.argsort(owners, kind="stable"))
-    image_set = _Distinct.of(images, order=np.arange(len(images)))
+    text_set = Distinct.of(texts, order=np.argsort(owners, kind="stable"))
+    image_set = Distinct.of(images, order=np.arange(len(images)))
     tiles = _Tiles(texts, text_set, images, image_set, side=_tile_side(block_bytes, dim=images.shape[1]))
     scores = tiles.pair_scores(text_set.slot[pair_text], image_set.slot[pair_image])
 
@@ -246,37 +246,6 @@ def retrieval_metrics(
     return metrics
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Distinct:
-    """The different vectors of a table.
-
-    Attributes:
-        rows: A table row for each different vector, by first occurrence in the order given.
-        slot: For every table row, the place in ``rows`` of its vector.
-        copies: How often each vector occurs.
-    """
-
-    rows: Int[np.ndarray, " distinct"]
-    slot: Int[np.ndarray, " rows"]
-    copies: Int[np.ndarray, " distinct"]
-
-    @classmethod
-    def of(cls, vectors: Float[np.ndarray, "rows dim"], *, order: Int[np.ndarray, " rows"]) -> _Distinct:
-        """Find bit-equal fp32 vectors by hash, then by comparison."""
-        first: dict[int, int] = {}  # hash of a vector -> its place in rows
-        rows: list[int] = []
-        slot = np.empty(len(order), np.int64)
-        for row in order.tolist():
-            vector = vectors[row].astype(np.float32) + 0.0  # +0.0 makes -0.0 equal to 0.0
-            place = first.setdefault(hash(vector.tobytes()), len(rows))
-            if place < len(rows) and not np.array_equal(vectors[rows[place]].astype(np.float32), vector):
-                place = len(rows)
-            if place == len(rows):
-                rows.append(row)
-            slot[row] = place
-        return cls(rows=np.array(rows), slot=slot, copies=np.bincount(slot))
-
-
 class _Tiles:
     """Scores of the different texts (rows) and images (columns), in square tiles.
 
@@ -286,9 +255,9 @@ class _Tiles:
     def __init__(
         self,
         texts: Float[np.ndarray, "texts dim"],
-        text_set: _Distinct,
+        text_set: Distinct,
         images: Float[np.ndarray, "images dim"],
-        image_set: _Distinct,
+        image_set: Distinct,
         *,
         side: int,
     ) -> None:
@@ -355,8 +324,8 @@ class _Counter:
         query: Int[np.ndarray, " pairs"],
         score: Float[np.ndarray, " pairs"],
         *,
-        queries: _Distinct,
-        candidates: _Distinct,
+        queries: Distinct,
+        candidates: Distinct,
         all_positives: bool,
     ) -> None:
         self._row = np.argsort(queries.slot, kind="stable")
