@@ -1,0 +1,333 @@
+"""Profiles: TOML in, a frozen, typed, strict :class:`Profile` out.
+
+Order: field default < profile file < ``--set section.key=value``. No environment variable changes a result. The
+docstring under each field is its reference (``docs/reference/profile.md`` is generated from it). ``[runtime]`` never
+enters an artifact's digest: it may not change a result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from gmail_cli.errors import InputError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_PROFILE = "tiny"
+LOCAL_PROFILE = Path("gmail.toml")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
+Count = Annotated[int, Field(ge=1)]
+Limit = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
+
+
+class Section(BaseModel):
+    """One TOML table: frozen, unknown keys forbidden, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Data(Section):
+    """Where captions and images come from."""
+
+    train: str = "scenes:train"
+    """Captions (and real images) to generate from, align and train with: a file, folder, glob, or `scenes:train`."""
+    train_images: str = ""
+    """Folder of the real training images, where the captions file only names them. Empty: beside the file."""
+    test: str = "scenes:test"
+    """Real images and captions to evaluate on; never generated from."""
+    test_images: str = ""
+    """Folder of the real test images, where the captions file only names them. Empty: beside the file."""
+    format: Literal[
+        "auto", "coco", "karpathy", "table", "jsonl", "parquet", "webdataset", "text", "folder", "scenes"
+    ] = "auto"
+    """Format of `train` and `test`; `auto` goes by the name and the content."""
+    train_split: str = ""
+    """Split to take from a file that holds several (Karpathy JSON): `train`, `train+restval`, `val`, `test`."""
+    test_split: str = ""
+    """Split to take for `test`."""
+    train_limit: Limit = 0
+    """Use the first N training images with all their captions; 0 uses all (for `scenes:` a number is needed)."""
+    test_limit: Limit = 0
+    """Use the first N test images with all their captions; 0 uses all (for `scenes:` a number is needed)."""
+    holdout: Fraction = 0.0
+    """Share of images, chosen by a hash of their id, that `test` keeps and `train` leaves when both name one source."""
+    scene_seed: int = 0
+    """Seed of the built-in world."""
+    scene_size: Annotated[int, Field(ge=16, le=1024)] = 64
+    """Side of a rendered scene, pixels."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """What a bad record does: stop and name it, or be left out and counted."""
+    protocol: str = ""
+    """Name and version of the evaluation protocol, such as `scenes-1k/1`; written into every result row."""
+
+
+class Model(Section):
+    """The frozen real-image encoder f_r and the text tower beside it."""
+
+    clip: str = "tiny"
+    """CLIP to start from: `tiny` (shipped), a local open_clip folder, `hf-hub:owner/name`, or `ARCH/pretrained-tag`."""
+    revision: str = ""
+    """Commit of a hub model; empty takes the newest and records which it was."""
+
+
+class Generate(Section):
+    """Images from captions."""
+
+
+class Align(Section):
+    """f_g: a copy of f_r tuned until f_g(generated) meets f_r(real) (paper, section 3.2, Eq. 1)."""
+
+
+class Train(Section):
+    """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
+
+
+class Embed(Section):
+    """Unit embeddings with their ids."""
+
+
+class Index(Section):
+    """FAISS indexes over embeddings."""
+
+
+class Eval(Section):
+    """Metrics, intervals, comparisons and the report."""
+
+
+class Runtime(Section):
+    """How to run, never what comes out; left out of every digest."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to compute on; `auto` takes a GPU when torch sees one."""
+    threads: Limit = 0
+    """CPU threads for torch; 0 leaves torch's default."""
+    workers: Limit = 2
+    """Threads that decode and encode images."""
+    checkpoint_seconds: NonNegative = 30.0
+    """Least time between two training checkpoints, seconds."""
+
+
+class Profile(Section):
+    """A whole experiment: what to make, from what, and how."""
+
+    name: str = "custom"
+    """Name of the profile; also the name of the run when `--run` is not given."""
+    summary: str = ""
+    """One line: what it does, what it costs, what it should reach."""
+    stages: Annotated[tuple[StageName, ...], BeforeValidator(_tuple)] = (
+        "generate",
+        "align",
+        "train",
+        "embed",
+        "index",
+        "eval",
+    )
+    """Stages `gmail run` runs, in order."""
+    seed: int = 0
+    """Seed everything random is derived from."""
+    data: Data = Data()
+    model: Model = Model()
+    generate: Generate = Generate()
+    align: Align = Align()
+    train: Train = Train()
+    embed: Embed = Embed()
+    index: Index = Index()
+    eval: Eval = Eval()
+    runtime: Runtime = Runtime()
+
+
+SECTIONS = tuple(
+    name
+    for name, field in Profile.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+)
+
+
+def shipped_folder() -> Path:
+    """The folder of shipped profiles: in the wheel, or at the top of a checkout."""
+    inside = Path(__file__).parent / "profiles"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "profiles"
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of each shipped profile."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.toml"))}
+
+
+def locate(ref: str | None, *, environment: Mapping[str, str] = os.environ) -> Path:
+    """The profile file that applies: ``--profile``, then ``GMAIL_PROFILE``, then ``./gmail.toml``, then ``tiny``.
+
+    Args:
+        ref: A shipped profile's name or a path; None when the user gave none.
+        environment: Where ``GMAIL_PROFILE`` is looked up.
+
+    Raises:
+        UsageError: No such profile; names the nearest shipped one.
+    """
+    source = "--profile"
+    if ref is None and environment.get("GMAIL_PROFILE"):
+        ref, source = environment["GMAIL_PROFILE"], "GMAIL_PROFILE"
+    if ref is None:
+        return LOCAL_PROFILE if LOCAL_PROFILE.is_file() else shipped()[DEFAULT_PROFILE]
+    known = shipped()
+    if ref in known:
+        return known[ref]
+    path = Path(ref)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(ref, known, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    hint += f"Shipped: {', '.join(known)}; or give the path of a TOML file."
+    raise UsageError(f"{source}: no profile {ref!r}", hint=hint)
+
+
+def load(ref: str | Path | None = None, *, overrides: Iterable[str] = ()) -> Profile:
+    """Load a profile and apply ``section.key=value`` overrides.
+
+    Args:
+        ref: A shipped name, a path, or None for the default search order (:func:`locate`).
+        overrides: Texts as given to ``--set``; the value is TOML, or a bare string.
+
+    Raises:
+        UsageError: An unknown key, a value of the wrong type or out of range, or broken TOML.
+    """
+    path = ref if isinstance(ref, Path) else locate(ref)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"profile {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"profile {path} is not UTF-8 text: {error}") from error
+    return loads(text, overrides=overrides, origin=str(path), name=path.stem)
+
+
+def loads(text: str, *, overrides: Iterable[str] = (), origin: str = "profile", name: str = "custom") -> Profile:
+    """Like :func:`load`, from TOML text; ``origin`` names it in errors, ``name`` is the default of `name`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{origin} is not valid TOML: {error}") from error
+    values.setdefault("name", name)
+    for override in overrides:
+        _apply(values, override)
+    return build(values, origin=origin)
+
+
+def build(values: Mapping[str, Any], *, origin: str = "profile") -> Profile:
+    """Validate nested values into a :class:`Profile`.
+
+    Raises:
+        UsageError: Names each wrong key, its value, what is allowed and the nearest known key.
+    """
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(f"{origin}: {_explain(item)}" for item in error.errors()[:8])) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        hint = "Write --set section.key=value, such as --set align.lora_rank=8."
+        raise UsageError(f"--set {override!r} is not of the form key=value", hint=hint)
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    table = values
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override!r}: {part!r} is not a section")
+    table[parts[-1]] = value
+
+
+def _explain(item: Any) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known) or 'nothing'}"
+        return f"unknown key {location!r}{hint}"
+    shown = json.dumps(item["input"], default=str)
+    return f"{location} = {shown[:200]}: {item['msg']}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Profile
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def dump(profile: Profile) -> str:
+    """The resolved profile as TOML; loading the text gives an equal profile."""
+    values = profile.model_dump()
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if key not in SECTIONS]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values[section].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items()) + "}"
+    raise TypeError(f"{value!r} has no TOML form")
+
+
+def settings(section: Section) -> dict[str, Any]:
+    """A section as JSON-able settings for a :class:`~gmail_cli.artifacts.StageKey`."""
+    return section.model_dump(mode="json")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a profile."""
+    return Profile.model_json_schema()
+
+
+def require_file(path: str, *, key: str) -> Path:
+    """The path a profile key names.
+
+    Raises:
+        InputError: It does not exist.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{key} = {path!r} does not exist", hint=f"Set it with --set {key}=PATH.")
+    return Path(path)
