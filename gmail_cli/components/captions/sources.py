@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
@@ -105,7 +106,13 @@ class SceneBytes:
         return scenes.scene_bytes(self.split, self.index, seed=self.seed, size=self.size)
 
     def identity(self) -> str:
-        from gmail_cli.components import scenes
-
-        key = f"scene/{scenes.VERSION}/{self.split}/{self.index}/{self.seed}/{self.size}"
+        key = f"scene/{_renderer()}/{self.split}/{self.index}/{self.seed}/{self.size}"
         return hashlib.sha256(key.encode()).hexdigest()
+
+
+@cache
+def _renderer() -> str:
+    """SHA-256 of a few scenes: what tells one version of the renderer from another, without rendering them all."""
+    from gmail_cli.components import scenes
+
+    return hashlib.sha256(b"".join(scenes.scene_bytes("train", index) for index in range(4))).hexdigest()
