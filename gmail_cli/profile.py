@@ -96,7 +96,7 @@ class Model(Section):
 
 
 class Generate(Section):
-    """Images from captions (paper, section 3.1: Stable Diffusion v2, 50 steps, one image per caption)."""
+    """Images from captions (the paper: Stable Diffusion v2, 50 steps, one image per caption)."""
 
     source: Literal["pipeline", "import"] = "pipeline"
     """`pipeline` draws images with `model`; `import` takes finished ones from `import_path`, byte for byte."""
@@ -126,12 +126,9 @@ class Generate(Section):
         "DPMSolverSinglestepScheduler",
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
-        "FlowMatchEulerDiscreteScheduler",
         "HeunDiscreteScheduler",
-        "LCMScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",
-        "TCDScheduler",
         "UniPCMultistepScheduler",
     ] = "default"
     """Sampler: `default` keeps the pipeline's own; another must suit it."""

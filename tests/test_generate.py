@@ -214,19 +214,19 @@ def test_captions_longer_than_the_text_encoder_are_marked(pipeline: Any) -> None
 SCHEDULERS = get_args(Generate.model_fields["scheduler"].annotation)
 
 
-def test_every_scheduler_of_the_profile_draws_or_says_why_not(pipeline_folder: Path) -> None:
-    works, refused = {}, {}
+def test_every_scheduler_of_the_profile_draws_images_of_its_own(pipeline_folder: Path) -> None:
+    images, four = {}, dataclasses.replace(SAMPLING, steps=4)
     for name in SCHEDULERS:
-        try:
-            loaded = diffusion.load_pipeline(str(pipeline_folder), scheduler=name)
-        except UsageError as error:
-            refused[name] = error.hint
-            continue
-        works[name] = pixels(diffusion.Sampler(loaded, sampling=SAMPLING), JOBS[:1])[JOBS[0]]
-    assert refused.keys() == {"FlowMatchEulerDiscreteScheduler", "LCMScheduler", "TCDScheduler"}
-    assert all("'default' or one of: DDIMScheduler, DDPMScheduler" in hint for hint in refused.values())
-    assert works["default"] == works["DDIMScheduler"]
-    assert len(set(works.values())) >= 10
+        loaded = diffusion.load_pipeline(str(pipeline_folder), scheduler=name)
+        assert name in {"default", type(loaded.scheduler).__name__}
+        images[name] = pixels(diffusion.Sampler(loaded, sampling=four), JOBS[:1])[JOBS[0]]
+    assert images.pop("default") == images["DDIMScheduler"]
+    assert len(set(images.values())) >= 7  # orders of one solver agree on so small a denoiser
+    with pytest.raises(UsageError, match=r"FlowMatchEuler.*DDIMScheduler\n.*'default' or one of: DDIM"):
+        diffusion.load_pipeline(str(pipeline_folder), scheduler="FlowMatchEulerDiscreteScheduler")
+    pndm = diffusion.load_pipeline(str(pipeline_folder), scheduler="PNDMScheduler")
+    with pytest.raises(UsageError, match=r"PNDMScheduler cannot draw with steps = 3"):
+        pixels(diffusion.Sampler(pndm, sampling=SAMPLING), JOBS[:1])
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
@@ -448,9 +448,12 @@ def test_a_plain_id_stays_readable() -> None:
 # -- interruption ----------------------------------------------------------------------------------------------
 
 
-def _generate(root: Path, profile: Profile) -> None:
-    """What the killed process runs."""
-    generate.run(profile, Workspace(root))
+PRELOADED = [
+    "gmail_cli.stages.generate",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.schedulers.scheduling_ddim",
+    "transformers.models.clip.modeling_clip",
+]
 
 
 def test_killed_again_and_again_a_run_ends_in_the_bytes_of_one_never_killed(
@@ -459,12 +462,12 @@ def test_killed_again_and_again_a_run_ends_in_the_bytes_of_one_never_killed(
     profile = profile_for(pipeline_folder, captions_file, per_caption=4, steps=6)  # 96 images in 24 batches
     expected = generate.run(profile, Workspace(tmp_path / "whole"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gmail_cli.stages.generate", "diffusers.pipelines.stable_diffusion", "PIL.Image"])
+    context.set_forkserver_preload(PRELOADED)
     folder = Workspace(tmp_path / "killed").folder("generate") / f"{expected.digest[:12]}.partial"
     chance = random.Random(7)
     kills = 0
     for target in sorted(chance.sample(range(1, 88), 4)):
-        child = context.Process(target=_generate, args=(tmp_path / "killed", profile))
+        child = context.Process(target=generate.run, args=(profile, Workspace(tmp_path / "killed")))
         child.start()
         while child.is_alive() and len(list(folder.rglob("images/*/*.png"))) < target:
             time.sleep(0.002)

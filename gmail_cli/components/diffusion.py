@@ -222,6 +222,7 @@ class Sampler:
 
         Raises:
             SetupError: An image that stays blank or not-a-number through `ATTEMPTS` seeds.
+            UsageError: Steps or sizes that the pipeline refuses.
         """
         encode = _Encodings(self, list(dict.fromkeys(job.prompt for job in jobs)))
         size = self.sampling.batch_size
@@ -267,15 +268,24 @@ class Sampler:
             torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
             for job, attempt in rows
         ]
-        output = self.pipeline(
-            **encode([job.prompt for job, _ in rows]),
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            height=sampling.height or None,
-            width=sampling.width or None,
-            generator=generators,
-            output_type="pt",
-        ).images[: len(batch)]
+        given = encode([job.prompt for job, _ in rows])
+        try:
+            images = self.pipeline(
+                **given,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                height=sampling.height or None,
+                width=sampling.width or None,
+                generator=generators,
+                output_type="pt",
+            ).images
+        except ValueError as error:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
+                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {error}",
+                hint="set others in [generate]; some schedulers need at least 4 steps",
+            ) from error
+        output = images[: len(batch)]
         finite = output.isfinite().flatten(1).all(1)
         pixels = output.float().nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
         spread = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)

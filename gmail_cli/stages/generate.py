@@ -40,6 +40,8 @@ _PIPELINE_ONLY = (
     *("per_caption", "dtype", "scheduler", "steps", "guidance", "prompt_template"),
     *("negative_prompt", "height", "width", "batch_size", "format", "quality"),
 )
+_BY_CONTENT = ("import_path", "model", "revision", "limit", "kinds", "captions_per_image")
+"""Settings that enter a key through the content they choose: its inputs and models."""
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 Progress = Callable[[int, int], None]
@@ -171,16 +173,7 @@ def file_key(identity: str, k: int) -> str:
 
 def _key(profile: Profile, dataset: Dataset, plan: list[Planned]) -> StageKey:
     generate = profile.generate
-    chosen = settings(generate)
-    for absorbed in (
-        "images",
-        "model",
-        "revision",
-        "limit",
-        "kinds",
-        "captions_per_image",
-    ):  # in inputs and models, by content
-        del chosen[absorbed]
+    chosen = {name: value for name, value in settings(generate).items() if name not in _BY_CONTENT}
     captions = [(each.caption_id, each.caption, each.owner, each.label, each.k) for each in plan]
     if generate.source == "import":
         for unused in _PIPELINE_ONLY:
