@@ -406,7 +406,6 @@ def test_a_tar_cut_short_is_an_input_error(tmp_path: Path) -> None:
         ("lines.txt", {"limit": 0}, UsageError),
         ("lines.txt", {"holdout": ("test", 1.0, 0)}, UsageError),
         ("lines.txt", {"split": "test"}, UsageError),
-        ("lines.txt", {"format": "xml"}, UsageError),
         ("lines.txt", {"images": "absent"}, InputError),
         ("lines.txt", {"need_images": True}, InputError),
     ],

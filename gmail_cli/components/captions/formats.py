@@ -29,7 +29,7 @@ PATH_FIELDS = ("file_name", "filename", "image", "image_path", "filepath", "path
 LABEL_FIELDS = ("label", "class", "class_name")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
     """A caption as found; ``id`` None asks for one made from its image's id."""
 
@@ -38,7 +38,7 @@ class Text:
     kind: Kind = "short"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One record as found: an image (or the part of one that a line holds) and its captions.
 
@@ -53,7 +53,7 @@ class Row:
     complete: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """What ``read`` was asked for, as far as a format needs to know."""
 

@@ -66,7 +66,7 @@ class RowGroups:
             return column
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParquetBytes:
     """One cell of a Parquet image column."""
 

@@ -19,7 +19,7 @@ from gmail_cli.errors import InputError
 Kind = Literal["short", "long"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     """One caption and the image it describes.
 
@@ -36,7 +36,7 @@ class Caption:
     kind: Kind = "short"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Image:
     """One image: its id, unique in a dataset, and its class where the data names one."""
 

@@ -9,13 +9,14 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gmail_cli.errors import InputError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """The bytes of one image."""
 
@@ -51,7 +52,7 @@ def inside(folder: Path, name: str) -> Path:
     return folder / relative
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileBytes:
     """An image file of its own."""
 
@@ -67,7 +68,7 @@ class FileBytes:
         return hashlib.sha256(self.read()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TarBytes:
     """A member of an uncompressed tar, read in place."""
 
@@ -91,7 +92,7 @@ class TarBytes:
         return hashlib.sha256(self.read()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SceneBytes:
     """A scene of the built-in world, rendered when read."""
 
