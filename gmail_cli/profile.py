@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gmail_cli.errors import InputError, UsageError
 
@@ -96,7 +96,72 @@ class Model(Section):
 
 
 class Generate(Section):
-    """Images from captions."""
+    """Images from captions (the paper: Stable Diffusion v2, 50 steps, one image per caption)."""
+
+    source: Literal["pipeline", "import"] = "pipeline"
+    """`pipeline` draws images with `model`; `import` takes finished ones from `import_path`, byte for byte."""
+    import_path: str = ""
+    """`import`: the images made elsewhere, with their captions: a folder, tar, Parquet or captions file."""
+    name: str = ""
+    """Name of the generator, written into every record. Empty: the model's name, or `import`."""
+    limit: Limit = 0
+    """Use the first N image records with all their captions; 0 uses all."""
+    captions_per_image: Limit = 0
+    """Use the first N captions of each image record; 0 uses all. (`import` records the first one.)"""
+    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
+    """Kinds of captions to use."""
+    per_caption: Count = 1
+    """Images per caption: 20 image records of 5 captions give 500 images at `per_caption = 5`."""
+    model: str = "tiny"
+    """Text-to-image pipeline: `tiny` (shipped), a folder in diffusers format, or a hub id."""
+    revision: str = ""
+    """Commit of a hub model; required for one, so that the artifact says which weights drew it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the pipeline; a CPU wants `float32`."""
+    scheduler: Literal[
+        "default",
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ] = "default"
+    """Sampler: `default` keeps the pipeline's own; another must suit it."""
+    steps: Count = 50
+    """Denoising steps."""
+    guidance: NonNegative = 7.5
+    """Classifier-free guidance scale; 1 or less turns guidance off, as turbo and LCM models want it."""
+    prompt_template: str = "{caption}"
+    """What the pipeline is told; `{caption}` stands for the caption."""
+    negative_prompt: str = ""
+    """What guidance leads away from; needs `guidance` above 1."""
+    height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
+    """Pixels; 0 takes the pipeline's own. Set `width` too."""
+    width: Annotated[int, Field(ge=0, multiple_of=8)] = 0
+    """Pixels; 0 takes the pipeline's own. Set `height` too."""
+    batch_size: Count = 8
+    """Images drawn at once. Part of the artifact's identity: another batch size moves pixels in the last bits."""
+    format: Literal["png", "jpg", "webp"] = "png"
+    """File format; `png` is lossless."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of `jpg` and `webp`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Generate:
+        if "{caption}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}}")
+        if self.negative_prompt and self.guidance <= 1:
+            raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
+        if bool(self.height) != bool(self.width):
+            raise ValueError(f"height = {self.height} and width = {self.width}: set both or neither")
+        if (self.source == "import") != bool(self.import_path):
+            raise ValueError('source = "import" and import_path = "..." go together: set both or neither')
+        return self
 
 
 class Align(Section):
