@@ -9,7 +9,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,7 @@ class BadRecordError(Exception):
 
 def lowered(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The record with lower-case field names, without empty fields."""
-    return {
-        name.strip().lower(): value for name, value in fields.items() if value is not None and value != ""
-    }
+    return {name.strip().lower(): value for name, value in fields.items() if value is not None and value != ""}
 
 
 def identifier(value: object, name: str) -> str:
@@ -124,28 +122,36 @@ def label_of(fields: Mapping[str, Any]) -> str | None:
     return None if value is None else identifier(value, "label")
 
 
-def image_file(folder: Path, name: str, request: Request) -> FileBytes | None:
-    """The file of an image; None where it is missing and nobody asked for images."""
-    try:
-        path = inside(folder, name)
-    except InputError as error:
-        raise BadRecordError(error.message) from error
-    if path.is_file():
-        return FileBytes(path)
+def image_file(name: object, beside: Path, request: Request) -> FileBytes | None:
+    """The file of an image in the folder asked for, else in ``beside``.
+
+    A list of names is tried in turn. None where the file is missing and nobody asked for images.
+    """
+    names = name if isinstance(name, list) else [name]
+    for candidate in names:
+        try:
+            path = inside(request.images or beside, identifier(candidate, "image file"))
+        except InputError as error:
+            raise BadRecordError(error.message) from error
+        if path.is_file():
+            return FileBytes(path)
     if request.images is not None or request.need_images:
         raise BadRecordError(f"image file {path} not found")
     return None
 
 
-def record_row(fields: Mapping[str, Any], where: str, line: int, folder: Path, request: Request) -> Row:
-    """A row from the fields of a CSV or JSON Lines record; image paths are relative to ``folder``."""
+def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Path, request: Request) -> Row:
+    """A row from the fields of a CSV, TSV or JSON Lines record; image paths are relative to the file."""
     fields = lowered(fields)
     name = first(fields, PATH_FIELDS)
-    source = None if name is None else image_file(folder, identifier(name, "image path"), request)
+    source = None if name is None else image_file(name, beside, request)
+    if name is None and request.need_images:
+        raise BadRecordError("no image")
     owner = first(fields, ID_FIELDS)
     if owner is None:
         owner = name if name is not None else fields.get("id", f"{line:06d}")
-    return Row(where, identifier(owner, "image id"), texts_of(fields, request.kind), label_of(fields), source)
+    texts = texts_of(fields, request.kind) if source is None or first(fields, CAPTION_FIELDS) else ()
+    return Row(where, identifier(owner, "image id"), texts, label_of(fields), source)
 
 
 # --- whole files --------------------------------------------------------------------------------------------
@@ -156,9 +162,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start})", hint="Convert the file to UTF-8."
-        ) from error
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", hint="Convert the file to UTF-8.") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -179,9 +183,7 @@ def json_list(data: Any, key: str, path: Path) -> list[Any]:
     return value
 
 
-def checked_ids(
-    records: list[Any], name: str, path: Path, report: Report
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def checked_ids(records: list[Any], name: str, path: Path, report: Report) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """The records of a JSON list that are objects with an id of their own, as (where, id, record)."""
     seen: set[str] = set()
     for n, record in enumerate(records):
@@ -232,9 +234,7 @@ def coco(path: Path, request: Request, report: Report) -> Iterator[Row]:
         index.createIndex()
     for key, image in index.imgs.items():
         try:
-            source = None
-            if request.images is not None:
-                source = image_file(request.images, identifier(image.get("file_name"), "file_name"), request)
+            source = image_file(image.get("file_name"), path.parent, request)
         except BadRecordError as bad:
             report(places[key], str(bad))
             continue
@@ -275,57 +275,49 @@ def karpathy(path: Path, request: Request, report: Report) -> Iterator[Row]:
                 )
                 for s in sentences
             )
-            source = None
-            if request.images is not None:
-                name = identifier(image.get("filename"), "filename")
-                folder = request.images
-                if image.get("filepath") and (folder / str(image["filepath"])).is_dir():
-                    name = f"{image['filepath']}/{name}"
-                source = image_file(folder, name, request)
+            names = [image.get("filename")]
+            if image.get("filepath"):  # COCO's: the folder train2014 or val2014
+                names.insert(0, f"{image['filepath']}/{names[0]}")
+            source = image_file(names, path.parent, request)
         except BadRecordError as bad:
             report(where, str(bad))
             continue
         yield Row(where, key, texts, source=source)
 
 
-def delimited(path: Path, request: Request, report: Report, *, delimiter: str = ",") -> Iterator[Row]:
-    """CSV or TSV with a header: a caption column, and image, id and label columns where there are any."""
+def table(path: Path, request: Request, report: Report) -> Iterator[Row]:
+    """CSV or TSV with a header: a caption or image column, and id and label columns where there are any.
+
+    Tabs in the header make it TSV, where quotation marks are part of the text.
+    """
+    text = read_text(path)
+    tabs = "\t" in text.partition("\n")[0]
     reader = csv.reader(
-        io.StringIO(read_text(path), newline=""),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
+        io.StringIO(text, newline=""),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
     )
     header = [name.strip().lower() for name in next(reader, [])]
-    if not set(header) & set(CAPTION_FIELDS):
+    if not set(header) & {*CAPTION_FIELDS, *PATH_FIELDS}:
         raise InputError(
-            f"{path} has no caption column; its columns are {', '.join(header) or '(none)'}",
-            hint="Name one column caption, text or prompt.",
+            f"{path} has neither a caption nor an image column; its columns are {', '.join(header) or '(none)'}",
+            hint="Name one column caption, text, prompt or image.",
         )
     while True:
         where = f"{path.name}:{reader.line_num + 1}"
         try:
             values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            report(where, str(error))
-            continue
-        if not values:
-            continue
-        try:
+            if not values:
+                continue
             if len(values) != len(header):
                 raise BadRecordError(f"{len(values)} fields where the header has {len(header)}")
-            fields = dict(zip(header, values, strict=True))
-            row = record_row(fields, where, reader.line_num, request.images or path.parent, request)
-        except BadRecordError as bad:
+            row = record_row(dict(zip(header, values, strict=True)), where, reader.line_num, path.parent, request)
+        except StopIteration:
+            return
+        except (csv.Error, BadRecordError) as bad:
             report(where, str(bad))
             continue
         yield row
-
-
-def tabbed(path: Path, request: Request, report: Report) -> Iterator[Row]:
-    """TSV: as ``delimited``, where quotation marks are part of the text."""
-    return delimited(path, request, report, delimiter="\t")
 
 
 def json_lines(path: Path, request: Request, report: Report) -> Iterator[Row]:
@@ -340,7 +332,7 @@ def json_lines(path: Path, request: Request, report: Report) -> Iterator[Row]:
                 continue
             where = f"{path.name}:{line}"
             try:
-                row = record_row(json_object(data), where, line, request.images or path.parent, request)
+                row = record_row(json_object(data), where, line, path.parent, request)
             except BadRecordError as bad:
                 report(where, str(bad))
                 continue
@@ -375,14 +367,12 @@ def folder(path: Path, request: Request, report: Report) -> Iterator[Row]:
 
     Without metadata the id of an image is its path in the folder and its label the first subfolder.
     """
-    with_images = Request(path, request.split, request.kind, need_images=True)
-    for name, reader in (("metadata.jsonl", json_lines), ("metadata.csv", delimited)):
+    with_images = replace(request, images=request.images or path, need_images=True)
+    for name, reader in (("metadata.jsonl", json_lines), ("metadata.csv", table)):
         if (path / name).is_file():
             yield from reader(path / name, with_images, report)
             return
-    files = sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-    )
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     for file in files:
         relative = file.relative_to(path)
         label = relative.parts[0] if len(relative.parts) > 1 else None

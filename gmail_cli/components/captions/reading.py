@@ -5,38 +5,38 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from gmail_cli.components.captions import containers, formats
+from gmail_cli.components.captions import formats, webdataset
 from gmail_cli.components.captions.formats import Report, Request, Row
 from gmail_cli.components.captions.records import Caption, Dataset, Image, Kind
-from gmail_cli.components.captions.sources import IMAGE_SUFFIXES, ImageSource, RowGroups
+from gmail_cli.components.captions.sources import IMAGE_SUFFIXES, ImageSource
 from gmail_cli.errors import InputError, UsageError
 
-Format = Literal["auto", "coco", "karpathy", "csv", "tsv", "jsonl", "parquet", "webdataset", "text", "folder"]
+Format = Literal["auto", "coco", "karpathy", "table", "jsonl", "parquet", "webdataset", "text", "folder", "scenes"]
 Part = Literal["train", "test"]
 
 SUFFIXES: dict[str, Format] = {
-    ".csv": "csv",
-    ".tsv": "tsv",
+    ".csv": "table",
+    ".tsv": "table",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".tar": "webdataset",
     ".txt": "text",
 }
-READERS = {
+READERS: dict[str, Callable[[Path, Request, Report], Iterator[Row]]] = {
     "coco": formats.coco,
     "karpathy": formats.karpathy,
-    "csv": formats.delimited,
-    "tsv": formats.tabbed,
+    "table": formats.table,
     "jsonl": formats.json_lines,
     "text": formats.plain_text,
     "folder": formats.folder,
-    "webdataset": containers.webdataset,
+    "webdataset": webdataset.webdataset,
 }
 SHOWN = 5
 """How many bad records an error names."""
@@ -61,8 +61,9 @@ def read(
     Args:
         source: A file, a folder, a glob or brace pattern of shards (``train-{00000..00005}.tar``), or
             ``scenes:train``, ``scenes:val``, ``scenes:test`` (the built-in world; needs ``limit``).
-        images: Folder of the image files that ``source`` names; every file must then be there.
-        format: ``auto`` goes by suffix and content.
+        images: Folder of the image files that ``source`` names; every file must then be there. None takes
+            those that lie beside ``source``.
+        format: ``auto`` goes by suffix and content; ``table`` is CSV or TSV with a header.
         split: ``train``, ``val``, ``test``, ``restval`` or several joined by ``+``, for Karpathy's JSON.
         limit: Keep the first so many images, with all their captions.
         holdout: (part, fraction, seed). ``test`` keeps about ``fraction`` of the images, chosen by a hash
@@ -82,8 +83,8 @@ def read(
     scenes = source.startswith("scenes:")
     folder = None if images is None else Path(images)
     _check_arguments(source, scenes=scenes, name=format, limit=limit, holdout=holdout)
-    if scenes and (folder is not None or split is not None or kind != "short" or format != "auto"):
-        raise UsageError(f"{source} goes with neither images, split, kind nor format", hint="Leave them out.")
+    if scenes and (folder is not None or split is not None or kind != "short"):
+        raise UsageError(f"{source} goes with neither images, split nor kind", hint="Leave them out.")
     if folder is not None and not folder.is_dir():
         raise InputError(f"the image folder {folder} does not exist")
     request = Request(folder, split, kind, need_images, scene_seed, scene_size)
@@ -108,9 +109,7 @@ def read(
         raise InputError(f"no usable record in {source}" + "".join(f"\n  {line}" for line in bad[:SHOWN]))
     if need_images and not dataset.has_images:
         raise InputError(f"{source} carries no images", hint="Name the folder that holds the image files.")
-    return replace(
-        dataset, class_names=_scene_classes() if scenes else dataset.class_names, skipped=tuple(bad)
-    )
+    return replace(dataset, class_names=_scene_classes() if scenes else dataset.class_names, skipped=tuple(bad))
 
 
 def _scene_classes() -> tuple[str, ...]:
@@ -124,6 +123,8 @@ def _check_arguments(
 ) -> None:
     if name not in get_args(Format):
         raise UsageError(f"no format {name!r}", hint="Use one of " + ", ".join(get_args(Format)) + ".")
+    if name not in ("auto", "scenes" if scenes else name) or (name == "scenes" and not scenes):
+        raise UsageError(f"{source} is not of format {name!r}", hint="Leave the format to auto.")
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; it must be at least 1")
     if holdout is not None and (holdout[0] not in get_args(Part) or not 0 < holdout[1] < 1):
@@ -142,9 +143,7 @@ def _paths(source: str, kind: Format) -> list[Path]:
         elif any(mark in name for mark in "*?["):
             paths += sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         else:
-            raise InputError(
-                f"{name} does not exist", hint="Check the path; scenes:train is the built-in world."
-            )
+            raise InputError(f"{name} does not exist", hint="Check the path; scenes:train is the built-in world.")
     if not paths:
         raise InputError(f"{source} matches no file")
     if len(paths) == 1 and paths[0].is_dir() and kind in ("auto", "parquet", "webdataset"):
@@ -196,12 +195,15 @@ def _rows(paths: list[Path], kind: Format, request: Request, report: Report) -> 
             f"split={request.split!r} does not apply to {kind} files",
             hint="Only Karpathy's JSON has splits.",
         )
-    groups = RowGroups()
+    reader: Callable[[Path, Request, Report], Iterator[Row]]
+    if kind == "parquet":
+        from gmail_cli.components.captions.parquet import RowGroups, parquet
+
+        reader = partial(parquet, groups=RowGroups())
+    else:
+        reader = READERS[kind]
     for path in paths:
-        if kind == "parquet":
-            yield from containers.parquet(path, request, report, groups)
-        else:
-            yield from READERS[kind](path, request, report)
+        yield from reader(path, request, report)
 
 
 def _assemble(

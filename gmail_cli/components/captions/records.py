@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64
 
 from gmail_cli.components.captions.sources import ImageSource
 from gmail_cli.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import Int64
 
 Kind = Literal["short", "long"]
 
@@ -108,8 +107,6 @@ class Dataset:
 
     def owner_rows(self, kind: Kind = "short") -> Int64[np.ndarray, " captions"]:
         """For each of ``captions_of_kind(kind)``, the row of its image in ``images``."""
-        import numpy as np
-
         rows = {image.id: row for row, image in enumerate(self.images)}
         return np.array([rows[caption.owner] for caption in self.captions_of_kind(kind)], dtype=np.int64)
 

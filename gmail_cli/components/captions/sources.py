@@ -6,19 +6,13 @@ A source costs a few words of memory; its bytes are read when asked for, from an
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from gmail_cli.errors import InputError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-ROW_GROUP_BUDGET = 256 * 2**20
 
 
 class ImageSource(Protocol):
@@ -90,59 +84,6 @@ class TarBytes:
             raise InputError(f"cannot read {self.name} in {self.path}: {error.strerror or error}") from error
         if len(data) != self.size:
             raise InputError(f"{self.path} ends inside {self.name}", hint="Copy or download the tar again.")
-        return data
-
-    def identity(self) -> str:
-        return hashlib.sha256(self.read()).hexdigest()
-
-
-@dataclass(eq=False)
-class RowGroups:
-    """Image columns of Parquet row groups, the most recently used ones kept in memory.
-
-    At most ``budget`` bytes are kept, and always the last row group, whatever its size.
-    """
-
-    budget: int = ROW_GROUP_BUDGET
-    _kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def column(self, path: Path, group: int, name: str) -> pa.ChunkedArray:
-        """Return column ``name`` of one row group (``image.bytes`` names a field of a struct)."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        key = (path, group, name)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-            try:
-                with pq.ParquetFile(path) as file:
-                    column = file.read_row_group(group, columns=[name]).column(0)
-            except (OSError, pa.ArrowException) as error:
-                raise InputError(f"cannot read images from {path}: {error}") from error
-            self._kept[key] = column
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.budget:
-                self._kept.popitem(last=False)
-            return column
-
-
-@dataclass(frozen=True)
-class ParquetBytes:
-    """One cell of a Parquet image column."""
-
-    path: Path
-    group: int
-    row: int
-    column: str
-    groups: RowGroups = field(compare=False, repr=False)
-
-    def read(self) -> bytes:
-        cell = self.groups.column(self.path, self.group, self.column)[self.row].as_py()
-        data = next(iter(cell.values())) if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            raise InputError(f"{self.path}: row {self.row} of row group {self.group} holds no image bytes")
         return data
 
     def identity(self) -> str:
