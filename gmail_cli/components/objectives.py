@@ -6,6 +6,7 @@ name a class, the other real images of a batch are not negatives at all. Embeddi
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -188,6 +189,10 @@ class Pairing:
         drawn = np.random.default_rng(seed).random(len(indices))
         return self.candidates[self.start[indices] + (drawn * self.size[indices]).astype(np.int64)]
 
+    def with_candidates(self, rows: Int[np.ndarray, " real"]) -> Pairing:
+        """The same pairing where real image i of the pairing is row ``rows[i]`` of a larger table."""
+        return dataclasses.replace(self, candidates=rows[self.candidates])
+
 
 @dataclass(frozen=True)
 class RealImage:
@@ -265,6 +270,12 @@ def pair(
         rng = np.random.default_rng(seed)
         chosen[rows] = there[choose(generated_vectors[rows], real_vectors[there], rng)]
     return _fixed(method, chosen)
+
+
+def has_partner(generated: Sequence[GeneratedFrom], real: Sequence[RealImage]) -> Bool[np.ndarray, " generated"]:
+    """Which generated images have their owner, or an image of their caption text or class, among ``real``."""
+    ids, groups = {image.id for image in real}, _groups(real)
+    return np.array([image.owner in ids or _key(image, groups) is not None for image in generated], dtype=bool)
 
 
 def _groups(real: Sequence[RealImage]) -> dict[tuple[str, str], list[int]]:
