@@ -114,9 +114,31 @@ class Embed(Section):
 class Index(Section):
     """FAISS indexes over embeddings."""
 
+    kind: Literal["auto", "flat", "hnsw", "ivf"] = "auto"
+    """Kind of index; `auto` is exact (`flat`) up to 200,000 vectors and `ivf` above."""
+    recall_target: Fraction = 0.95
+    """Recall@10 against exact search that an approximate index searches hard enough to reach."""
+    texts: bool = False
+    """Index the text tables as well as the image tables."""
+
 
 class Eval(Section):
     """Metrics, intervals, comparisons and the report."""
+
+    recall_at: Annotated[tuple[Count, ...], BeforeValidator(_tuple), Field(min_length=1)] = (1, 5, 10)
+    """The k of recall@k."""
+    true_recall: bool = False
+    """Also report the share of all correct items among the first k, beside whether any is."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Bootstrap resamples, drawn by image, behind every interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of the intervals."""
+    meteor: Literal["auto", "on", "off"] = "auto"
+    """METEOR needs Java; `auto` leaves it out where there is none, `on` fails."""
+    examples: Limit = 6
+    """Rows of images, retrievals and captions that the report shows of each sort."""
+    thumbnail: Annotated[int, Field(ge=16, le=512)] = 96
+    """Longest side of an image in the report, pixels."""
 
 
 class Runtime(Section):
