@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from gmail_cli.errors import InputError, SetupError
 
@@ -44,7 +44,7 @@ class Residual(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
-        return F.normalize(features + self.linear(features), dim=-1)
+        return functional.normalize(features + self.linear(features), dim=-1)
 
 
 class DualProjection(nn.Module):
@@ -90,7 +90,7 @@ class Head(nn.Module):
 
     def project(self, features: Float[Tensor, "batch dim"], real: Bool[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
         """Normalised features of either flow, in training and at inference alike."""
-        unit = F.normalize(features.float(), dim=-1)
+        unit = functional.normalize(features.float(), dim=-1)
         return unit if self.projection is None else self.projection(unit, real)
 
 
@@ -216,7 +216,7 @@ class Captioner(Head):
         inputs = torch.cat([prefix, embedded.to(prefix.dtype)], dim=1)
         logits = self.lm(inputs_embeds=inputs, attention_mask=seen.long(), use_cache=False).logits
         predicted = logits[:, self.prefix_length - 1 : -1]
-        return F.cross_entropy(predicted.flatten(0, 1).float(), tokens.flatten(), ignore_index=IGNORED)
+        return functional.cross_entropy(predicted.flatten(0, 1).float(), tokens.flatten(), ignore_index=IGNORED)
 
     def config(self) -> dict[str, Any]:
         """What `load_captioner` needs beside the weights."""
