@@ -237,7 +237,7 @@ def _contrast(
 
 def _export_clip(clip: Clip, model: Any, folder: Path) -> None:
     (folder / CLIP_FOLDER).mkdir()
-    save_clip(dataclasses.replace(clip, model=model.eval()), folder / CLIP_FOLDER)
+    save_clip(dataclasses.replace(clip, model=model.eval().to(memory_format=torch.contiguous_format)), folder / CLIP_FOLDER)
 
 
 @contextlib.contextmanager

@@ -504,7 +504,7 @@ def _clip(inputs: Inputs, cell: Cell) -> Job:
 
 def _learned_tokenizer(inputs: Inputs, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An open_clip tokenizer learned from the captions, and the config with its vocabulary."""
-    import open_clip
+    from open_clip.tokenizer import HFTokenizer
 
     from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 
@@ -512,7 +512,7 @@ def _learned_tokenizer(inputs: Inputs, config: Mapping[str, Any]) -> tuple[Any, 
     learned = train_tokenizer(sorted(set(inputs.pairs.texts)), entries=inputs.profile.train.vocabulary)
     save_tokenizer(learned, folder)
     text = {**config["model_cfg"]["text_cfg"], "vocab_size": len(learned), "hf_tokenizer_name": "tokenizer"}
-    tokenizer = open_clip.HFTokenizer(str(folder), text.get("context_length", 77))
+    tokenizer = HFTokenizer(str(folder), text.get("context_length", 77))
     return tokenizer, {**config, "model_cfg": {**config["model_cfg"], "text_cfg": text}}
 
 
