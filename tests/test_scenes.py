@@ -54,6 +54,14 @@ OBJECT = re.compile(
     r".*?\b(?P<place>left|middle|right)\b"
 )
 
+# Means over 16 x 16 pixels of the first test scene.
+GOLDEN_BLOCKS = [
+    [117.16, 123.32, 144.55, 144.25],
+    [106.3, 124.68, 130.12, 126.95],
+    [109.3, 130.52, 125.4, 131.07],
+    [121.4, 125.31, 95.44, 107.29],
+]
+
 many_scenes = st.builds(
     scenes.sample_scene,
     st.sampled_from(scenes.SPLITS),
@@ -223,6 +231,21 @@ def test_main_object_looks_largest_and_places_are_kept(scene: Scene) -> None:
         assert {"left": thing.x < 0.4, "middle": 0.4 < thing.x < 0.6, "right": thing.x > 0.6}[thing.place]
 
 
+def test_main_object_covers_the_most_pixels() -> None:
+    """The label, and the long caption's "looks largest", hold in the picture."""
+
+    def covered(scene: Scene, things: tuple[SceneObject, ...]) -> int:
+        pictures = [scenes.render(replace(scene, objects=some)).astype(int) for some in (things, ())]
+        return int((np.abs(pictures[0] - pictures[1]).max(axis=2) > 15).sum())
+
+    for index in range(60):
+        scene = scenes.sample_scene("val", index)
+        camera = replace(scene.camera, grainy=False, soft=False, exposure="even")
+        scene = replace(scene, sky="overcast", ground="sand", camera=camera)
+        main, *others = (covered(scene, (replace(thing, colour="blue"),)) for thing in scene.objects)
+        assert all(main > other for other in others), scene.scene_id
+
+
 @pytest.mark.parametrize("kind", scenes.CLASS_NAMES)
 @pytest.mark.parametrize("material", ["matte", "shiny", "striped", "spotted"])
 def test_colour_is_seen_where_the_object_stands(kind: str, material: str) -> None:
@@ -238,6 +261,30 @@ def test_colour_is_seen_where_the_object_stands(kind: str, material: str) -> Non
     assert changed.sum() > 60
     assert seen["red"][changed][:, 0].mean() > seen["red"][changed][:, 2].mean() + 25
     assert seen["blue"][changed][:, 2].mean() > seen["blue"][changed][:, 0].mean() + 25
+
+
+@pytest.mark.parametrize("kind", scenes.CLASS_NAMES)
+@pytest.mark.parametrize("light", ["left", "right"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_shiny_objects_carry_a_highlight(kind: str, light: str, mirrored: bool) -> None:
+    scene = scenes.sample_scene("train", 0)
+    camera = replace(scene.camera, exposure="even", grainy=False, soft=False)
+    thing = replace(
+        scene.objects[0],
+        **{"kind": kind, "colour": "blue", "mirrored": mirrored},
+        **{"x": 0.5, "height": 0.44, "ground": 0.8, "depth": "near"},
+    )
+    matte, shiny = (
+        scenes.render(
+            replace(
+                scene,
+                **{"sky": "day", "ground": "sand", "light": light, "camera": camera},
+                objects=(replace(thing, material=material),),
+            )
+        ).astype(int)
+        for material in ("matte", "shiny")
+    )
+    assert ((shiny - matte)[..., :2].min(axis=2) > 50).sum() >= 4  # blue itself saturates
 
 
 def test_kinds_look_different() -> None:
@@ -284,9 +331,9 @@ def test_golden_scenes() -> None:
         for index in range(50):
             scene = scenes.sample_scene(split, index)
             digest.update("\n".join((*scenes.captions(scene), scenes.long_caption(scene))).encode())
-    assert digest.hexdigest() == "TEXT"
+    assert digest.hexdigest() == "e0c22a5bfb187846b988373b56ec70a52ff24026be7eb36252effa192ee87e50"
     blocks = scenes.render(scenes.sample_scene("test", 0)).reshape(4, 16, 4, 16, 3).mean(axis=(1, 3, 4))
-    np.testing.assert_allclose(blocks, [], atol=0.5)
+    np.testing.assert_allclose(blocks, GOLDEN_BLOCKS, atol=0.5)
 
 
 def test_bad_requests_say_what_is_allowed() -> None:

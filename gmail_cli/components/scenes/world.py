@@ -209,7 +209,9 @@ def _draw_objects(dice: Dice, kind: str, colour: str, place: str) -> tuple[Scene
         names = {(thing.kind, thing.colour) for thing in objects}
         while (kind, colour) in names:
             kind, colour = dice.pick(CLASS_NAMES), dice.pick(COLOURS)
-        objects.append(_draw_object(dice, kind, colour, other_place, dice.pick(range(rank + 1, len(_RANKS)))))
+        # Shapes fill their height differently, hence the wide step below a main object that is not the largest.
+        smaller = dice.pick((1, 2, 3)) if rank == 0 else 3
+        objects.append(_draw_object(dice, kind, colour, other_place, smaller))
     return (objects[0], *sorted(objects[1:], key=lambda thing: -thing.height))
 
 
