@@ -185,17 +185,12 @@ class _State:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = held.get(f"adam/{key}/{name}")
                 if value is not None:
-                    blank = (
-                        torch.empty_like(parameter)
-                        if key != "step"
-                        else torch.empty((), device=parameter.device)
-                    )
+                    blank = torch.empty_like(parameter) if key != "step" else torch.empty((), device=parameter.device)
                     self.optimizer.state[parameter][key] = blank.copy_(value).detach()
         columns = {k.removeprefix("curve/"): v.tolist() for k, v in held.items() if k.startswith("curve/")}
         if columns:
             self.curve = [
-                _row(dict(zip(columns, values, strict=True)))
-                for values in zip(*columns.values(), strict=True)
+                _row(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
             ]
         self.step = int(held["step"])
 
