@@ -17,6 +17,7 @@ from gmail_cli.components.report.records import (
     PictureRow,
     Report,
 )
+from gmail_cli.components.report.thumbnails import thumbnail
 from gmail_cli.components.report.verdict import Verdict, verdict
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "html",
     "markdown",
     "search_page",
+    "thumbnail",
     "verdict",
 ]
