@@ -40,6 +40,8 @@ Limit = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"]
+ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
 
 
@@ -105,6 +107,64 @@ class Align(Section):
 
 class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
+
+    tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
+    """What to train: a text tower, a whole CLIP, a captioner, a class probe, or one of the shipped small models."""
+    arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
+        "none",
+        "real",
+        "generated-naive",
+        "generated-aligned",
+    )
+    """Images to train on: none; real through f_r; generated through f_r (naive) or f_g (aligned); real and aligned."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple), Field(min_length=1)] = (0,)
+    """Seeds of initial weights and data order; one cell for each. Arm `none` has one cell, for the first seed."""
+    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
+    """Kinds of captions to train on."""
+    steps: Count = 1000
+    """Optimiser steps of every cell."""
+    batch_size: Count = 256
+    """Captions per step (the paper: 256)."""
+    lr: Positive = 1e-4
+    """Highest learning rate (the paper: 1e-4)."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's weight decay of matrices (the paper: 0.01)."""
+    schedule: Literal["cosine", "cosine-restarts", "constant"] = "cosine"
+    """Learning rate after the warm-up (the paper restarts)."""
+    cycles: Count = 4
+    """Cosine cycles of `cosine-restarts`."""
+    warmup: Limit = 0
+    """Steps over which the learning rate rises."""
+    clip_norm: NonNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of the average of the parameters that is kept in the end; 0 keeps the last parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes under autocast (GPU only); weights stay fp32."""
+    mix_ratio: Fraction = 0.5
+    """Arm `mixed`: probability that a caption is seen with its real image."""
+    dual_projection: Literal["off", "on", "both"] = "off"
+    """A projection for each flow before the head (`clipcap`, `linear-probe`); `both` trains cells without and with."""
+    architecture: str = ""
+    """`clip`: open_clip config to train from random weights (a JSON file, or a name such as ViT-B-32); empty: f_r."""
+    vocabulary: Annotated[int, Field(ge=0)] = 0
+    """`clip` from random weights: entries of a tokenizer learned from the captions; 0 takes CLIP's own."""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """`clip`: random shifts; `crop-flip` also mirrors (wrong where captions speak of left and right)."""
+    patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """`clip`: share of patches left out during the first three quarters of the steps; vision transformers only."""
+    lm: str = "tiny"
+    """`clipcap`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub id."""
+    lm_revision: str = ""
+    """Commit of a hub language model; required for one."""
+    tune_lm: bool = False
+    """`clipcap`: train the language model too."""
+    prefix_length: Count = 8
+    """`clipcap`: prefix embeddings per image."""
+    mapping: Literal["mlp", "transformer"] = "mlp"
+    """`clipcap`: network from embedding to prefix."""
+    caption_tokens: Annotated[int, Field(ge=2)] = 64
+    """`clipcap`: longer captions are cut."""
 
 
 class Embed(Section):

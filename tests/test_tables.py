@@ -79,20 +79,25 @@ def test_vectors_without_direction_are_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "message"),
+    ("change", "message"),
     [
         ({"count": 5}, "the header says"),
         ({"dim": 2}, "the header says"),
         ({"dtype": "float16"}, "the header says"),
         ({"normalised": False}, "not normalised"),
-        ({"modality": "sound"}, "not known"),
+        ({"modality": "sound"}, "modality is 'sound'"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"count": "4"}, "count is '4'"),
         ({"flow": "text"}, "does not go with"),
+        ({"model": "x"}, "missing or unknown: model"),
     ],
 )
-def test_headers_that_do_not_fit_are_refused(tmp_path: Path, header: dict[str, Any], message: str) -> None:
-    made = table()
+def test_headers_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = save(table(), tmp_path)
+    header = json.loads((folder / "table.json").read_text())
+    (folder / "table.json").write_text(json.dumps(header | change))
     with pytest.raises(InputError, match=message):
-        Table.load(save(replace(made, header=replace(made.header, **header)), tmp_path))
+        Table.load(folder)
 
 
 def test_rows_and_vectors_that_do_not_fit_are_refused() -> None:

@@ -228,7 +228,7 @@ def batches(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GeneratedImage:
     """One record of a generate artifact.
 

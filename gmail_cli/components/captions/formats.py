@@ -29,7 +29,7 @@ PATH_FIELDS = ("file_name", "filename", "image", "image_path", "filepath", "path
 LABEL_FIELDS = ("label", "class", "class_name")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
     """A caption as found; ``id`` None asks for one made from its image's id."""
 
@@ -38,7 +38,7 @@ class Text:
     kind: Kind = "short"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One record as found: an image (or the part of one that a line holds) and its captions.
 
@@ -53,7 +53,7 @@ class Row:
     complete: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """What ``read`` was asked for, as far as a format needs to know."""
 
@@ -77,8 +77,9 @@ class BadRecordError(Exception):
 
 
 def lowered(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with lower-case field names, without empty fields."""
-    return {name.strip().lower(): value for name, value in fields.items() if value is not None and value != ""}
+    """The record with lower-case field names, without its empty fields; an empty caption stays, to be reported."""
+    named = {name.strip().lower(): value for name, value in fields.items()}
+    return {name: value for name, value in named.items() if name in CAPTION_FIELDS or value not in (None, "")}
 
 
 def identifier(value: object, name: str) -> str:
@@ -90,10 +91,10 @@ def identifier(value: object, name: str) -> str:
 
 def caption_text(value: object) -> str:
     """A caption without surrounding white space."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadRecordError("empty caption")
     if not isinstance(value, str):
         raise BadRecordError(f"caption is {value!r}, not a text")
-    if not value.strip():
-        raise BadRecordError("empty caption")
     return value.strip()
 
 
@@ -102,14 +103,14 @@ def first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((fields[name] for name in names if name in fields), None)
 
 
-def texts_of(fields: Mapping[str, Any], kind: Kind) -> tuple[Text, ...]:
-    """The captions of a record; BadRecordError when there are none."""
+def texts_of(fields: Mapping[str, Any], source: ImageSource | None, kind: Kind) -> tuple[Text, ...]:
+    """The captions of a record; only one with an image may be without a caption field."""
+    if source is not None and not any(name in fields for name in CAPTION_FIELDS):
+        return ()
     value = first(fields, CAPTION_FIELDS)
-    if value is None:
-        raise BadRecordError("empty caption" if "caption" in fields else "no caption")
     values = value if isinstance(value, list) else [value]
     if not values:
-        raise BadRecordError("no caption")
+        raise BadRecordError("empty caption")
     ids: list[str | None] = [None] * len(values)
     if len(values) == 1 and "caption_id" in fields:
         ids = [identifier(fields["caption_id"], "caption_id")]
@@ -125,9 +126,9 @@ def label_of(fields: Mapping[str, Any]) -> str | None:
 def image_file(name: object, beside: Path, request: Request) -> FileBytes | None:
     """The file of an image in the folder asked for, else in ``beside``.
 
-    A list of names is tried in turn. None where the file is missing and nobody asked for images.
+    A tuple of names is tried in turn. None where the file is missing and nobody asked for images.
     """
-    names = name if isinstance(name, list) else [name]
+    names = name if isinstance(name, tuple) else (name,)
     for candidate in names:
         try:
             path = inside(request.images or beside, identifier(candidate, "image file"))
@@ -150,8 +151,7 @@ def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Path, r
     owner = first(fields, ID_FIELDS)
     if owner is None:
         owner = name if name is not None else fields.get("id", f"{line:06d}")
-    texts = texts_of(fields, request.kind) if source is None or first(fields, CAPTION_FIELDS) else ()
-    return Row(where, identifier(owner, "image id"), texts, label_of(fields), source)
+    return Row(where, identifier(owner, "image id"), texts_of(fields, source, request.kind), label_of(fields), source)
 
 
 # --- whole files --------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def json_list(data: Any, key: str, path: Path) -> list[Any]:
     """``data[key]``, which must be a list."""
     value = data.get(key) if isinstance(data, dict) else None
     if not isinstance(value, list):
-        raise InputError(f"{path} has no list {key!r}", hint="Name the file's format with format=.")
+        raise InputError(f"{path} has no list {key!r}", hint="If it is of another format, name that.")
     return value
 
 
@@ -239,7 +239,7 @@ def coco(path: Path, request: Request, report: Report) -> Iterator[Row]:
             report(places[key], str(bad))
             continue
         texts = tuple(Text(a["caption"], a["id"], request.kind) for a in index.imgToAnns.get(key, ()))
-        yield Row(places[key], key, texts, source=source)
+        yield Row(places[key], key, texts, source=source, complete=True)
 
 
 def karpathy(path: Path, request: Request, report: Report) -> Iterator[Row]:
@@ -275,14 +275,13 @@ def karpathy(path: Path, request: Request, report: Report) -> Iterator[Row]:
                 )
                 for s in sentences
             )
-            names = [image.get("filename")]
-            if image.get("filepath"):  # COCO's: the folder train2014 or val2014
-                names.insert(0, f"{image['filepath']}/{names[0]}")
+            name = image.get("filename")
+            names = (f"{image['filepath']}/{name}", name) if image.get("filepath") else name  # filepath: val2014
             source = image_file(names, path.parent, request)
         except BadRecordError as bad:
             report(where, str(bad))
             continue
-        yield Row(where, key, texts, source=source)
+        yield Row(where, key, texts, source=source, complete=True)
 
 
 def table(path: Path, request: Request, report: Report) -> Iterator[Row]:

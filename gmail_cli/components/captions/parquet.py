@@ -66,7 +66,7 @@ class RowGroups:
             return column
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParquetBytes:
     """One cell of a Parquet image column."""
 
@@ -106,14 +106,12 @@ class _Columns:
 
     Attributes:
         light: The columns to read while listing the records: all but the image bytes.
-        has_texts: Whether there is a caption column.
         image: The image column, in lower case.
         stored: The column or struct field with image bytes, where the shard holds them.
         class_names: Names of integer labels, where the metadata gives them.
     """
 
     light: list[str]
-    has_texts: bool
     image: str | None
     stored: str | None
     class_names: list[str]
@@ -139,7 +137,7 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
             stored = image
         else:
             light.append(image)
-    return _Columns(light, caption is not None, image and image.lower(), stored, _class_names(schema, label))
+    return _Columns(light, image and image.lower(), stored, _class_names(schema, label))
 
 
 def _table(file: pq.ParquetFile, path: Path, request: Request, report: Report, groups: RowGroups) -> Iterator[Row]:
@@ -194,8 +192,7 @@ def _row(
         if not label.isdecimal() or int(label) >= len(columns.class_names):
             raise BadRecordError(f"label {label} is not one of {len(columns.class_names)} classes")
         label = columns.class_names[int(label)]
-    texts = texts_of(fields, request.kind) if columns.has_texts else ()
-    return Row(where, identifier(owner, "image id"), texts, label, source)
+    return Row(where, identifier(owner, "image id"), texts_of(fields, source, request.kind), label, source)
 
 
 def _nulls(file: pq.ParquetFile, group: int, column: str) -> set[int]:

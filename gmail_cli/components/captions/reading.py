@@ -121,14 +121,12 @@ def _scene_classes() -> tuple[str, ...]:
 def _check_arguments(
     source: str, *, scenes: bool, name: Format, limit: int | None, holdout: tuple[Part, float, int] | None
 ) -> None:
-    if name not in get_args(Format):
-        raise UsageError(f"no format {name!r}", hint="Use one of " + ", ".join(get_args(Format)) + ".")
-    if name not in ("auto", "scenes" if scenes else name) or (name == "scenes" and not scenes):
+    if name != "auto" and (name == "scenes") != scenes:
         raise UsageError(f"{source} is not of format {name!r}", hint="Leave the format to auto.")
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; it must be at least 1")
-    if holdout is not None and (holdout[0] not in get_args(Part) or not 0 < holdout[1] < 1):
-        raise UsageError(f"holdout is {holdout}; use ('train' or 'test', a fraction between 0 and 1, a seed)")
+    if holdout is not None and not 0 < holdout[1] < 1:
+        raise UsageError(f"holdout is {holdout[1]}; it must be a fraction between 0 and 1")
     if scenes and limit is None:
         raise UsageError(f"{source} has no end", hint="Say how many images to draw with limit.")
 

@@ -19,7 +19,7 @@ from gmail_cli.errors import InputError
 Kind = Literal["short", "long"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     """One caption and the image it describes.
 
@@ -36,7 +36,7 @@ class Caption:
     kind: Kind = "short"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Image:
     """One image: its id, unique in a dataset, and its class where the data names one."""
 
@@ -116,8 +116,9 @@ class Dataset:
 
         Reads every image once, on the first use.
         """
+        parts = [self.sources[start : start + 256] for start in range(0, len(self), 256)]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            return tuple(pool.map(_identity, self.sources))
+            return tuple(identity for part in pool.map(_identities, parts) for identity in part)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,5 +139,5 @@ class Dataset:
             yield ("caption", caption.id, caption.text, caption.owner, caption.kind)
 
 
-def _identity(source: ImageSource | None) -> str | None:
-    return None if source is None else source.identity()
+def _identities(sources: Iterable[ImageSource | None]) -> list[str | None]:
+    return [None if source is None else source.identity() for source in sources]

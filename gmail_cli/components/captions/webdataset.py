@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from gmail_cli.components.captions.formats import (
-    CAPTION_FIELDS,
     ID_FIELDS,
     BadRecordError,
     Report,
@@ -33,17 +32,20 @@ def webdataset(path: Path, request: Request, report: Report) -> Iterator[Row]:
     label, and an image suffix the image. Nothing is unpacked.
     """
     try:
-        size = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
             files = (member for member in archive if not member.isdir())
             for key, members in itertools.groupby(files, key=lambda member: _key_and_suffix(member.name)[0]):
                 where = f"{path.name}: {key}"
                 try:
-                    row = _sample(key, list(members), archive, size, path, where, request)
+                    row = _sample(key, list(members), archive, path, where, request)
                 except BadRecordError as bad:
                     report(where, str(bad))
                     continue
                 yield row
+            with path.open("rb") as file:
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("it ends without its end mark")
     except (tarfile.TarError, OSError) as error:
         raise InputError(
             f"cannot read the tar {path}: {error}", hint="It must be a complete, uncompressed tar."
@@ -60,7 +62,6 @@ def _sample(
     key: str,
     members: list[tarfile.TarInfo],
     archive: tarfile.TarFile,
-    size: int,
     path: Path,
     where: str,
     request: Request,
@@ -68,14 +69,12 @@ def _sample(
     fields: dict[str, Any] = {}
     source: TarBytes | None = None
     for member in members:
-        if not member.isreg():
-            raise BadRecordError(f"{member.name} is a link or a device, not a file")
+        if not member.isreg() or member.issparse():
+            raise BadRecordError(f"{member.name} is not a plain file")
         try:
             inside(path.parent, member.name)
         except InputError as error:
             raise BadRecordError(error.message) from error
-        if member.offset_data + member.size > size:
-            raise BadRecordError(f"the tar ends inside {member.name}")
         suffix = _key_and_suffix(member.name)[1]
         if suffix in IMAGE_SUFFIXES:
             if source is not None:
@@ -92,12 +91,10 @@ def _sample(
     if source is None and request.need_images:
         raise BadRecordError("no image")
     owner = first(fields, ID_FIELDS)
-    has_texts = source is None or first(fields, CAPTION_FIELDS) is not None
-    texts = texts_of(fields, request.kind) if has_texts else ()
     return Row(
         where,
         identifier(key if owner is None else owner, "image id"),
-        texts,
+        texts_of(fields, source, request.kind),
         label_of(fields),
         source,
         complete=True,
