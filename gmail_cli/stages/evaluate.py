@@ -6,8 +6,9 @@ All models are tested on the same real images through f_r. What a model did with
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def run(
             cells, protocol=_protocol(profile), draws=profile.eval.resamples, level=profile.eval.confidence
         )
         slot.write_json(RESULTS, results)
-        shown = work.report(results)
+        shown = work.shown(results)
         slot.write_text("report.html", report.html(shown))
         slot.write_text("report.md", report.markdown(shown))
         if progress:
@@ -248,8 +249,12 @@ class _Work:
         """A test image at the size of the report, if the images are at hand."""
         if self.test is None or not self.test.has_images:
             return None
-        row = next(row for row, each in enumerate(self.test.images) if each.id == image)
-        return report.thumbnail(self.test.image_bytes(row), side=self.profile.eval.thumbnail, name=image)
+        data = self.test.image_bytes(self._places[image])
+        return report.thumbnail(data, side=self.profile.eval.thumbnail, name=image)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {image.id: row for row, image in enumerate(self.test.images)} if self.test else {}
 
     # -- models ----------------------------------------------------------------------------------------------------
 
@@ -371,7 +376,7 @@ class _Work:
 
     # -- report ----------------------------------------------------------------------------------------------------
 
-    def report(self, results: Mapping[str, Any]) -> report.Report:
+    def shown(self, results: Mapping[str, Any]) -> report.Report:
         """Everything the report shows."""
         chosen, seen = self.profile.eval, self.seen
         gap = [self.tables.get(name) for name in (GAP_REAL, *(f"gap-{arm}" for arm in GAP_ARMS))]
@@ -458,10 +463,10 @@ class _Work:
         yield "evaluation", self.slot.key.digest
         for name, artifact in self.inputs.items():
             manifest = artifact.manifest
+            made = f"made {manifest['created']} in {manifest['seconds']:.0f} s"
             yield (
                 f"{name} ({artifact.stage})",
-                f"{artifact.digest[:12]}, made {manifest['created']} in {manifest['seconds']:.0f} s on "
-                f"{manifest['machine']}, {manifest['device']}",
+                f"{artifact.digest[:12]}, {made}, {manifest['machine']}, {manifest['device']}",
             )
         if "index" in self.inputs:
             for name, entry in self.inputs["index"].read_json("index.json")["tables"].items():
