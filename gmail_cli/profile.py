@@ -332,6 +332,13 @@ class Eval(Section):
     """Level of the intervals."""
     meteor: Literal["auto", "on", "off"] = "auto"
     """METEOR needs Java; `auto` leaves it out where there is none, `on` fails."""
+    beams: Count = 1
+    """Beams that captions are generated with; 1 is greedy."""
+    caption_tokens: Count = 48
+    """Most tokens of a generated caption."""
+    shared_captions: Literal["auto", "fail", "report"] = "auto"
+    """Captions that training and test set share: stop, or count them in the report. `auto` stops unless captions
+    repeat inside the test set itself, as those made of class names do. Shared images always stop."""
     examples: Limit = 6
     """Rows of images, retrievals and captions that the report shows of each sort."""
     thumbnail: Annotated[int, Field(ge=16, le=512)] = 96

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,10 +18,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmail_cli.components.arms import Arm, Meeting
 from gmail_cli.components.encoders import Clip, save_clip, text_features
 from gmail_cli.components.heads import IGNORED, Captioner, Head, Probe, save_head
 from gmail_cli.components.loop import Job
-from gmail_cli.components.pairs import Candidates, Pairs
+from gmail_cli.components.pairs import Pairs
 from gmail_cli.errors import InputError, UsageError
 
 Augment: TypeAlias = Literal["none", "crop", "crop-flip"]
@@ -30,53 +30,6 @@ Augment: TypeAlias = Literal["none", "crop", "crop-flip"]
 CLIP_FOLDER = "clip"
 LARGEST_SCALE = 100.0
 """Upper bound of CLIP's inverse temperature (Radford et al. 2021)."""
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """Images, or their embeddings, of one flow.
-
-    Attributes:
-        values: A row for each image.
-        candidates: Which rows show a caption.
-        real: Whether they are of the real flow.
-    """
-
-    values: Tensor
-    candidates: Candidates
-    real: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """What an arm of the experiment shows: one view, or a mixture of a real and a generated one.
-
-    Attributes:
-        views: One or two views.
-        share: Probability of the first view, where there are two.
-    """
-
-    views: tuple[View, ...]
-    share: float = 1.0
-
-    def draw(self, rows: Int[Tensor, " batch"]) -> tuple[Tensor, Bool[Tensor, " batch"]]:
-        """An image (or embedding) for each caption of a batch, and whether it is of the real flow."""
-        last = self.views[-1]
-        values = last.values[last.candidates.draw(rows).to(last.values.device)]
-        real = torch.full((len(rows),), last.real)
-        if len(self.views) == 2:
-            first = self.views[0]
-            others = first.values[first.candidates.draw(rows).to(first.values.device)]
-            chosen = torch.rand(len(rows)) < self.share
-            mask = chosen.to(values.device).view(-1, *[1] * (values.ndim - 1))
-            values = torch.where(mask, others, values)
-            real = torch.where(chosen, first.real, real)
-        return values, real
-
-    @property
-    def flows(self) -> frozenset[bool]:
-        """The flows shown: True for real, False for generated."""
-        return frozenset(view.real for view in self.views)
 
 
 # -- image-text contrast -----------------------------------------------------------------------------------------
@@ -237,7 +190,9 @@ def _contrast(
 
 def _export_clip(clip: Clip, model: Any, folder: Path) -> None:
     (folder / CLIP_FOLDER).mkdir()
-    save_clip(dataclasses.replace(clip, model=model.eval().to(memory_format=torch.contiguous_format)), folder / CLIP_FOLDER)
+    save_clip(
+        dataclasses.replace(clip, model=model.eval().to(memory_format=torch.contiguous_format)), folder / CLIP_FOLDER
+    )
 
 
 @contextlib.contextmanager
@@ -253,24 +208,6 @@ def _quick_attention(device: torch.device) -> Iterator[None]:
 
 
 # -- heads -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Meeting:
-    """Paired embeddings of both flows, to fit the projection of a flow that the arm does not show."""
-
-    real: Float[Tensor, "pairs dim"]
-    generated: Float[Tensor, "pairs dim"]
-
-    @classmethod
-    def of(cls, real: View, generated: View, pairs: Pairs) -> Meeting:
-        """For each caption one image of either flow."""
-        rows = torch.arange(len(pairs))
-        draws = (view.candidates.draw(rows, generator=torch.Generator().manual_seed(0)) for view in (real, generated))
-        first, second = (
-            view.values[rows.to(view.values.device)] for view, rows in zip((real, generated), draws, strict=True)
-        )
-        return cls(first, second)
 
 
 def clipcap_job(captioner: Captioner, pairs: Pairs, arm: Arm, *, meeting: Meeting | None, caption_tokens: int) -> Job:

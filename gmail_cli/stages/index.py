@@ -20,7 +20,7 @@ from gmail_cli.components.search import Hits, VectorIndex
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
-from gmail_cli.stages.sources import load_tables, read_source, test_source
+from gmail_cli.stages import sources
 
 VERSION = 1
 INDEX = "index.json"
@@ -52,7 +52,11 @@ def plan_key(profile: Profile, *, embeddings: str) -> StageKey:
     return StageKey(
         stage="index",
         version=VERSION,
-        settings={**settings(profile.index), "model": settings(profile.model), "source": test_source(profile)},
+        settings={
+            **settings(profile.index),
+            "model": settings(profile.model),
+            "source": sources.source(profile, part="test"),
+        },
         inputs={"embeddings": embeddings},
         seed=profile.seed,
     )
@@ -77,7 +81,7 @@ def run(profile: Profile, workspace: Workspace, *, embeddings: Artifact, progres
     with workspace.open(plan_key(profile, embeddings=embeddings.digest)) as slot:
         if slot.done:
             return slot.artifact
-        tables = load_tables(embeddings)
+        tables = sources.load_tables(embeddings)
         wanted = [table for table in tables if table.header.modality == "image" or profile.index.texts]
         if not wanted:
             hint = "Embed images, or index the texts with --set index.texts=true."
@@ -109,7 +113,9 @@ def run(profile: Profile, workspace: Workspace, *, embeddings: Artifact, progres
             }
         if progress:
             progress(len(wanted), len(wanted))
-        slot.write_json(INDEX, {"tables": entries, "model": settings(profile.model), "source": test_source(profile)})
+        slot.write_json(
+            INDEX, {"tables": entries, "model": settings(profile.model), "source": sources.source(profile, part="test")}
+        )
         kinds = {name: f"{entry['kind']}, {entry['count']} vectors" for name, entry in entries.items()}
         return slot.commit(summary={"tables": kinds})
 
@@ -158,7 +164,7 @@ def search(artifact: Artifact, query: str, *, k: int, table: str | None = None) 
 
 def search_page(found: Found) -> str:
     """The hits as an HTML page with thumbnails, read from where ``index.json`` says the images are."""
-    dataset = read_source(found.index.read_json(INDEX)["source"])
+    dataset = sources.read(found.index.read_json(INDEX)["source"])
     rows = {image.id: row for row, image in enumerate(dataset.images)} if dataset.has_images else {}
     thumbnails = [
         report.thumbnail(dataset.image_bytes(rows[hit["id"]]), side=THUMBNAIL) if hit["id"] in rows else None

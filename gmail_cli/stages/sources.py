@@ -1,8 +1,8 @@
-"""What several stages read: the test set that a profile names, the tables of an embed artifact."""
+"""What several stages read: the sets that a profile names, the tables of an embed artifact."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact
 from gmail_cli.components import captions
@@ -11,24 +11,24 @@ from gmail_cli.components.tables import Table
 from gmail_cli.profile import Profile
 
 
-def test_source(profile: Profile) -> dict[str, Any]:
-    """Arguments of :func:`gmail_cli.components.captions.read` for the test set, JSON-able."""
+def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any]:
+    """Arguments of :func:`gmail_cli.components.captions.read` for the training or test set, JSON-able."""
     data = profile.data
     return {
-        "source": data.test,
-        "images": data.test_images or None,
+        "source": getattr(data, part),
+        "images": getattr(data, f"{part}_images") or None,
         "format": data.format,
-        "split": data.test_split or None,
-        "limit": data.test_limit or None,
-        "holdout": ["test", data.holdout, profile.seed] if data.holdout else None,
+        "split": getattr(data, f"{part}_split") or None,
+        "limit": getattr(data, f"{part}_limit") or None,
+        "holdout": [part, data.holdout, profile.seed] if data.holdout else None,
         "on_bad": data.on_bad,
         "scene_seed": data.scene_seed,
         "scene_size": data.scene_size,
     }
 
 
-def read_source(source: dict[str, Any]) -> Dataset:
-    """Read what :func:`test_source` described."""
+def read(source: dict[str, Any]) -> Dataset:
+    """Read the set that :func:`source` described."""
     holdout = tuple(source["holdout"]) if source["holdout"] else None
     return captions.read(**{**source, "holdout": holdout})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,13 +19,11 @@ from gmail_cli.profile import ArmName, Data, Profile, TaskName, settings, shippe
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
+    from gmail_cli.components.arms import Material
     from gmail_cli.components.captions import Dataset
-    from gmail_cli.components.encoders import Clip
-    from gmail_cli.components.images import GeneratedSet, Preprocess
-    from gmail_cli.components.loop import Job, Recipe
-    from gmail_cli.components.pairs import Candidates, Pairs
-    from gmail_cli.components.tasks import Arm, Meeting, View
+    from gmail_cli.components.loop import Job, Loss, Recipe
 
 VERSION = 1
 CELLS = "cells.json"
@@ -37,7 +35,6 @@ WHOLE_SHARE = 0.75
 """Share of the steps after which ``clip`` sees all patches, where it drops some before."""
 
 Progress = Callable[[int, int], None]
-ImageBytes = Callable[[int], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +179,8 @@ def run(
         SetupError: A model or device this machine lacks.
         UsageError: Settings that do not fit each other.
     """
+    import torch
+
     wanted = cells(profile)
     key = plan_key(
         profile, generated=generated.digest if generated else None, aligned=aligned.digest if aligned else None
@@ -189,27 +188,31 @@ def run(
     with workspace.open(key) as slot:
         if slot.done:
             return slot.artifact
-        inputs = Inputs(profile, slot, generated=generated, aligned=aligned)
+        device = _device(profile)
+        material = _material(profile, slot, device=device, generated=generated, aligned=aligned)
+        inputs = Inputs(profile=profile, material=material, device=device, scratch=slot.scratch)
         total = sum(_steps(cell, profile) for cell in wanted)
         rows: list[dict[str, Any]] = []
         for cell in wanted:
             done = sum(row["steps"] for row in rows)
             report = (lambda step, _, done=done: progress(done + step, total)) if progress else None
-            rows.append(_train(cell, inputs, progress=report))
+            rows.append(_train(cell, inputs, slot, progress=report))
         slot.write_json(CELLS, rows)
-        summary = {"cells": len(rows), "captions": len(inputs.pairs), "steps": profile.train.steps}
-        return slot.commit(summary=summary, device=inputs.device_name)
+        summary = {"cells": len(rows), "captions": len(inputs.material.pairs), "steps": profile.train.steps}
+        return slot.commit(
+            summary=summary, device=f"cuda: {torch.cuda.get_device_name()}" if device.type == "cuda" else device.type
+        )
 
 
 def _steps(cell: Cell, profile: Profile) -> int:
     return 0 if cell.arm == "none" else profile.train.steps
 
 
-def _train(cell: Cell, inputs: Inputs, *, progress: Progress | None) -> dict[str, Any]:
+def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None) -> dict[str, Any]:
     """Train one cell, or take it from an interrupted run; returns its row of ``cells.json``."""
     from gmail_cli.components.loop import fit, trained_parameters
 
-    slot, profile = inputs.slot, inputs.profile
+    profile = inputs.profile
     record = f"{cell.name}/{RECORD}"
     if slot.has(record):
         return dict(json.loads(slot.path(record).read_text(encoding="utf-8")))
@@ -220,7 +223,7 @@ def _train(cell: Cell, inputs: Inputs, *, progress: Progress | None) -> dict[str
     if steps:
         curve = fit(
             job.module,
-            loss=inputs.in_precision(job.loss),
+            loss=_in_precision(job.loss, profile, device=inputs.device),
             rows=job.rows,
             recipe=_recipe(cell, profile),
             checkpoints=checkpoints,
@@ -234,7 +237,7 @@ def _train(cell: Cell, inputs: Inputs, *, progress: Progress | None) -> dict[str
         "folder": cell.name,
         "image_encoder": TASKS[cell.task].image_encoder,
         "steps": steps,
-        "captions": len(inputs.pairs),
+        "captions": len(inputs.material.pairs),
         "trained_parameters": trained_parameters(job.module) if steps else 0,
         "final_loss": curve[-1]["loss"] if curve else None,
         "metrics": job.evaluate() if job.evaluate else {},
@@ -242,6 +245,17 @@ def _train(cell: Cell, inputs: Inputs, *, progress: Progress | None) -> dict[str
     slot.write_json(record, row)
     checkpoints.remove()
     return row
+
+
+def _in_precision(loss: Loss, profile: Profile, *, device: torch.device) -> Loss:
+    """The loss under autocast where the profile asks for bf16."""
+    import torch
+
+    def cast(rows: torch.Tensor, step: int) -> Any:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return loss(rows, step)
+
+    return loss if profile.train.precision == "fp32" else cast
 
 
 def _recipe(cell: Cell, profile: Profile) -> Recipe:
@@ -265,180 +279,70 @@ def _recipe(cell: Cell, profile: Profile) -> Recipe:
 # -- what tasks are built from ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Data and models of the stage, each loaded when a task asks for it and shared by all cells."""
+    """What a task is built from: the profile, the data and encoders, and where to compute."""
 
-    def __init__(self, profile: Profile, slot: Slot, *, generated: Artifact | None, aligned: Artifact | None) -> None:
-        import torch
+    profile: Profile
+    material: Material
+    device: torch.device
+    scratch: Callable[[str], Path]
 
-        self.profile, self.slot = profile, slot
-        self._generated, self._aligned = generated, aligned
-        if profile.runtime.threads:
-            torch.set_num_threads(profile.runtime.threads)
-        device = profile.runtime.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
-        self.device_name = f"cuda: {torch.cuda.get_device_name()}" if device == "cuda" else device
-        if profile.train.precision == "bf16" and device == "cpu":
-            raise UsageError("train.precision = 'bf16' is some 80 times slower on a CPU", hint="Use fp32.")
 
-    def in_precision(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        """The loss under autocast where the profile asks for bf16."""
-        import torch
+def _device(profile: Profile) -> torch.device:
+    import torch
 
-        def cast(*arguments: Any) -> Any:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                return loss(*arguments)
+    if profile.runtime.threads:
+        torch.set_num_threads(profile.runtime.threads)
+    name = profile.runtime.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if profile.train.precision == "bf16" and name == "cpu":
+        raise UsageError("train.precision = 'bf16' is some 80 times slower on a CPU", hint="Use fp32.")
+    return torch.device(name)
 
-        return loss if self.profile.train.precision == "fp32" else cast
 
-    @functools.cached_property
-    def dataset(self) -> Dataset:
-        """The real captions and images."""
-        return _read(self.profile.data, self.profile.seed)
+def _material(
+    profile: Profile, slot: Slot, *, device: torch.device, generated: Artifact | None, aligned: Artifact | None
+) -> Material:
+    from gmail_cli.components.arms import Material
+    from gmail_cli.components.encoders import Clip, load_clip
+    from gmail_cli.components.images import GeneratedSet
 
-    @functools.cached_property
-    def generated(self) -> GeneratedSet | None:
-        """The generated images."""
-        from gmail_cli.components.images import GeneratedSet
+    def f_g() -> Clip:
+        assert aligned is not None, "plan_key has checked it"
+        return load_clip(aligned.folder("clip"), device=device)
 
-        return GeneratedSet.load(self._generated.path) if self._generated else None
+    return Material(
+        _read(profile.data, profile.seed),
+        generated=GeneratedSet.load(generated.path) if generated else None,
+        kinds=profile.train.kinds,
+        f_r=lambda: load_clip(profile.model.clip, revision=profile.model.revision, device=device),
+        f_g=f_g,
+        mix_ratio=profile.train.mix_ratio,
+        device=device,
+        workers=profile.runtime.workers,
+        cache=functools.partial(_cached, slot),
+    )
 
-    @functools.cached_property
-    def pairs(self) -> Pairs:
-        """The captions that every arm trains on."""
-        from gmail_cli.components.pairs import pair
 
-        rows = self.generated.rows if self.generated else None
-        return pair(self.dataset, generated=rows, kinds=self.profile.train.kinds)
+def _cached(
+    slot: Slot, name: str, shape: tuple[int, ...], dtype: str, fill: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
+    """An array computed in chunks of rows, in the slot's scratch; continues where an interrupted run stopped."""
+    import numpy as np
+    import torch
 
-    @functools.cached_property
-    def clip(self) -> Clip:
-        """f_r."""
-        from gmail_cli.components.encoders import load_clip
-
-        model = self.profile.model
-        return load_clip(model.clip, revision=model.revision, device=self.device)
-
-    @functools.cached_property
-    def aligned_clip(self) -> Clip:
-        """f_g."""
-        from gmail_cli.components.encoders import load_clip
-
-        assert self._aligned is not None, "plan_key has checked it"
-        clip = load_clip(self._aligned.folder("clip"), device=self.device)
-        if clip.dim != self.clip.dim:
-            raise InputError(
-                f"f_g of {self._aligned.path} embeds in {clip.dim} dimensions, f_r in {self.clip.dim}",
-                hint="Align from the same model.clip.",
-            )
-        return clip
-
-    def embedded(self, arm: ArmName) -> Arm:
-        """Embeddings of an arm's images: real through f_r, naive through f_r, aligned through f_g."""
-        from gmail_cli.components.tasks import Arm
-
-        views = {
-            "real": ["real"],
-            "generated-naive": ["naive"],
-            "generated-aligned": ["aligned"],
-            "mixed": ["real", "aligned"],
-        }[arm]
-        return Arm(tuple(self.embedding_view(view) for view in views), share=self.profile.train.mix_ratio)
-
-    def meeting(self, arm: ArmName) -> Meeting | None:
-        """Real and generated embeddings of the same captions, for the arms without real images."""
-        from gmail_cli.components.tasks import Meeting
-
-        if arm in ("real", "mixed"):
-            return None
-        view = self.embedding_view("naive" if arm == "generated-naive" else "aligned")
-        return Meeting.of(self.embedding_view("real"), view, self.pairs)
-
-    @functools.lru_cache(maxsize=3)  # noqa: B019 - lives as long as the stage
-    def embedding_view(self, view: Literal["real", "naive", "aligned"]) -> View:
-        """Embeddings of the images that a view shows, computed once and kept in the slot's scratch."""
-        import torch
-
-        from gmail_cli.components.encoders import embed_images
-        from gmail_cli.components.tasks import View
-
-        clip = self.aligned_clip if view == "aligned" else self.clip
-        image_bytes, rows, candidates = self._shown(real=view == "real")
-        workers = self.profile.runtime.workers
-
-        def fill(start: int, stop: int) -> np.ndarray:
-            return embed_images(clip, lambda i: image_bytes(rows[start + i]), stop - start, workers=workers)
-
-        values = torch.from_numpy(self._cached(f"embeddings/{view}", (len(rows), clip.dim), "float32", fill))
-        return View(values.to(self.device), candidates, real=view == "real")
-
-    def pixels(self, arm: ArmName, preprocess: Preprocess) -> Arm:
-        """uint8 images of an arm (rows, size, size, 3), scaled and cropped; memory-mapped from the slot's scratch."""
-        from gmail_cli.components.tasks import Arm
-
-        flows = {"real": [True], "generated-naive": [False], "mixed": [True, False]}[arm]
-        views = tuple(self._pixel_view(real, preprocess) for real in flows)
-        return Arm(views, share=self.profile.train.mix_ratio)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - lives as long as the stage
-    def _pixel_view(self, real: bool, preprocess: Preprocess) -> View:
-        import dataclasses
-
-        import numpy as np
-        import torch
-
-        from gmail_cli.components.images import batches
-        from gmail_cli.components.tasks import View
-
-        plain = dataclasses.replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
-        image_bytes, rows, candidates = self._shown(real=real)
-        workers = self.profile.runtime.workers
-
-        def fill(start: int, stop: int) -> np.ndarray:
-            read = batches(
-                lambda i: image_bytes(rows[start + i]),
-                stop - start,
-                preprocess=plain,
-                batch_size=256,
-                workers=workers,
-            )
-            return np.concatenate([batch.round().astype(np.uint8).transpose(0, 2, 3, 1) for batch in read])
-
-        shape = (len(rows), plain.size, plain.size, 3)
-        name = f"pixels/{'real' if real else 'generated'}-{plain.digest[:8]}"
-        return View(torch.from_numpy(self._cached(name, shape, "uint8", fill)), candidates, real=real)
-
-    def _shown(self, *, real: bool) -> tuple[ImageBytes, Sequence[int], Candidates]:
-        """Images of a flow: their bytes, the rows that are shown, and the candidates counted among those."""
-        source = self.dataset if real else self.generated
-        candidates = self.pairs.real if real else self.pairs.generated
-        if candidates is None or source is None:
-            raise InputError(
-                f"{self.dataset.name} lacks the real image of some caption that is trained on",
-                hint="Give the images with data.train_images, or leave out the arms that need real ones.",
-            )
-        rows, among = candidates.used()
-        return source.image_bytes, rows.tolist(), among
-
-    def _cached(
-        self, name: str, shape: tuple[int, ...], dtype: str, fill: Callable[[int, int], np.ndarray]
-    ) -> np.ndarray:
-        """An array computed in chunks of rows, in the slot's scratch; continues where an interrupted run stopped."""
-        import numpy as np
-        import torch
-
-        path, marker = self.slot.scratch(f"{name}.npy"), self.slot.checkpoints(f"{name}.done")
-        held = marker.load()
-        done = int(held["rows"]) if held and path.exists() else 0
-        array = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=dtype, shape=shape)
-        for start in range(done, shape[0], CHUNK):
-            stop = min(start + CHUNK, shape[0])
-            array[start:stop] = fill(start, stop)
-            array.flush()
-            marker.save({"rows": torch.tensor(stop)})
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+    path, marker = slot.scratch(f"{name}.npy"), slot.checkpoints(f"{name}.done")
+    held = marker.load()
+    done = int(held["rows"]) if held and path.exists() else 0
+    array = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=dtype, shape=shape)
+    for start in range(done, shape[0], CHUNK):
+        stop = min(start + CHUNK, shape[0])
+        array[start:stop] = fill(start, stop)
+        array.flush()
+        marker.save({"rows": torch.tensor(stop)})
+    return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
 @functools.lru_cache(maxsize=2)
@@ -468,8 +372,8 @@ def _reads_aligned(cell: Cell) -> bool:
 def _clip_text(inputs: Inputs, cell: Cell) -> Job:
     from gmail_cli.components.tasks import clip_text_job
 
-    arm = None if cell.arm == "none" else inputs.embedded(cell.arm)
-    return clip_text_job(inputs.clip, inputs.pairs, arm)
+    arm = None if cell.arm == "none" else inputs.material.embedded(cell.arm)
+    return clip_text_job(inputs.material.clip, inputs.material.pairs, arm)
 
 
 def _clip(inputs: Inputs, cell: Cell) -> Job:
@@ -491,11 +395,11 @@ def _clip(inputs: Inputs, cell: Cell) -> Job:
         seed = seed_from("clip", inputs.profile.seed, cell.seed)
         clip = build_clip(config, seed=seed, name=cell.name, tokenizer=tokenizer, device=inputs.device)
     else:
-        clip = inputs.clip
+        clip = inputs.material.clip
     return clip_job(
         clip,
-        inputs.pairs,
-        inputs.pixels(cell.arm, clip.preprocess),
+        inputs.material.pairs,
+        inputs.material.pixels(cell.arm, clip.preprocess),
         augment=train.augment,
         patch_dropout=train.patch_dropout,
         whole_from=round(WHOLE_SHARE * train.steps),
@@ -508,8 +412,8 @@ def _learned_tokenizer(inputs: Inputs, config: Mapping[str, Any]) -> tuple[Any, 
 
     from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 
-    folder = inputs.slot.scratch("tokenizer/vocab.json").parent
-    learned = train_tokenizer(sorted(set(inputs.pairs.texts)), entries=inputs.profile.train.vocabulary)
+    folder = inputs.scratch("tokenizer/vocab.json").parent
+    learned = train_tokenizer(sorted(set(inputs.material.pairs.texts)), entries=inputs.profile.train.vocabulary)
     save_tokenizer(learned, folder)
     text = {**config["model_cfg"]["text_cfg"], "vocab_size": len(learned), "hf_tokenizer_name": "tokenizer"}
     tokenizer = HFTokenizer(str(folder), text.get("context_length", 77))
@@ -528,7 +432,7 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from("clipcap", inputs.profile.seed, cell.seed))
         captioner = Captioner(
-            inputs.clip.dim,
+            inputs.material.clip.dim,
             lm=lm,
             tokenizer=tokenizer,
             lm_name=train.lm,
@@ -539,9 +443,9 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
         )
     return clipcap_job(
         captioner.to(inputs.device),
-        inputs.pairs,
-        inputs.embedded(cell.arm),
-        meeting=inputs.meeting(cell.arm) if cell.dual_projection else None,
+        inputs.material.pairs,
+        inputs.material.embedded(cell.arm),
+        meeting=inputs.material.meeting(cell.arm) if cell.dual_projection else None,
         caption_tokens=train.caption_tokens,
     )
 
@@ -552,16 +456,18 @@ def _linear_probe(inputs: Inputs, cell: Cell) -> Job:
     from gmail_cli.components.tasks import probe_job, zero_shot_probe
 
     if cell.arm == "none":
-        zero_shot = zero_shot_probe(inputs.clip, inputs.pairs)
+        zero_shot = zero_shot_probe(inputs.material.clip, inputs.material.pairs)
         return Job(
             module=zero_shot,
             loss=lambda rows, step: zero_shot.linear.weight.sum(),
             rows=0,
             export=lambda folder: save_head(zero_shot, folder),
         )
-    probe = Probe(inputs.clip.dim, inputs.pairs.class_names, dual=cell.dual_projection).to(inputs.device)
-    meeting = inputs.meeting(cell.arm) if cell.dual_projection else None
-    return probe_job(probe, inputs.pairs, inputs.embedded(cell.arm), meeting=meeting)
+    probe = Probe(inputs.material.clip.dim, inputs.material.pairs.class_names, dual=cell.dual_projection).to(
+        inputs.device
+    )
+    meeting = inputs.material.meeting(cell.arm) if cell.dual_projection else None
+    return probe_job(probe, inputs.material.pairs, inputs.material.embedded(cell.arm), meeting=meeting)
 
 
 _EMBEDDED = frozenset({"real", "generated-naive", "generated-aligned", "mixed"})

@@ -6,6 +6,7 @@ forbid any through their content security policy.
 
 from __future__ import annotations
 
+from gmail_cli.components.report.names import task_title
 from gmail_cli.components.report.pages import html, markdown, search_page
 from gmail_cli.components.report.records import (
     Breakdown,
@@ -33,6 +34,7 @@ __all__ = [
     "html",
     "markdown",
     "search_page",
+    "task_title",
     "thumbnail",
     "verdict",
 ]
