@@ -10,30 +10,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from small_clips import TEXTS, VIT
 
 from gmail_cli.components import encoders
 from gmail_cli.components.encoders import Clip
 from gmail_cli.errors import InputError, UsageError
-
-TEXT = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-VIT = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": TEXT,
-    },
-    "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]},
-}
-RESNET = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-        "text_cfg": TEXT,
-    },
-    "preprocess_cfg": {},
-}
-TEXTS = ["a cat", "a photo of a large red bus near the sea", "x " * 29 + "x", "x " * 80, ""]
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +23,8 @@ def vit() -> Clip:
 
 
 @pytest.fixture(scope="module")
-def resnet() -> Clip:
-    clip = encoders.build_clip(RESNET, name="resnet")
-    for name, parameter in clip.model.visual.named_parameters():
-        if name.endswith("bn3.weight"):  # open_clip starts them at zero, which would hide what lies before
-            parameter.data.fill_(1.0)
-    return clip
-
-
-@pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def _tuned(tower: encoders.TunedTower, *, seed: int = 0) -> encoders.TunedTower:
-    """Move every trained parameter, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in tower.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return tower
 
 
 # -- loading and saving ------------------------------------------------------------------------------------------
@@ -207,103 +169,3 @@ def test_images_embed_in_order_as_unit_rows(vit: Clip):
     single = encoders.embed_images(vit, lambda _row: image_bytes(5), 1)
     np.testing.assert_allclose(vectors[5], single[0], atol=1e-6)
     assert seen == [(3, 7), (6, 7), (7, 7)]
-
-
-# -- f_g ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_adapter_round_trip(kind: str, pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest):
-    clip: Clip = request.getfixturevalue(kind)
-    real = clip.encode_images(pixels)
-    tower = encoders.add_lora(clip, rank=2, alpha=4.0)
-    with torch.no_grad():
-        torch.testing.assert_close(tower(pixels), real, atol=1e-6, rtol=0)
-        tuned = _tuned(tower)(pixels)
-    assert (tuned - real).abs().max() > 1e-3
-    assert torch.equal(clip.encode_images(pixels), real), "f_r moved"
-
-    for name in ("adapter", "clip"):
-        (tmp_path / name).mkdir()
-    encoders.save_adapter(tower, tmp_path / "adapter", base=clip.name)
-    with torch.no_grad():
-        assert torch.equal(encoders.load_adapter(clip, tmp_path / "adapter")(pixels), tuned)
-
-    merged = encoders.merge(clip, tower)
-    torch.testing.assert_close(merged.encode_images(pixels), tuned, atol=1e-5, rtol=0)
-    encoders.save_clip(merged, tmp_path / "clip")
-    plain = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(plain.encode_image(pixels, normalize=True), tuned, atol=1e-5, rtol=0)
-    assert merged.digest == encoders.model_digest(tmp_path / "clip") != clip.digest
-    assert torch.equal(merged.encode_texts(TEXTS), clip.encode_texts(TEXTS))
-
-
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_plain_peft_gives_the_same_embeddings(
-    kind: str, pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
-):
-    from peft import PeftModel
-
-    clip: Clip = request.getfixturevalue(kind)
-    tower = _tuned(encoders.add_lora(clip, rank=2))
-    encoders.save_adapter(tower, tmp_path, base=clip.name)
-    plain = PeftModel.from_pretrained(copy.deepcopy(clip.model.visual), str(tmp_path)).eval()
-    with torch.no_grad():
-        wrapped = torch.nn.functional.normalize(plain(pixels), dim=-1)
-        folded = torch.nn.functional.normalize(plain.merge_and_unload()(pixels), dim=-1)
-        torch.testing.assert_close(wrapped, tower(pixels), atol=1e-5, rtol=0)
-        torch.testing.assert_close(folded, tower(pixels), atol=1e-5, rtol=0)
-
-
-def test_adapter_bytes_repeat(vit: Clip, tmp_path: Path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        encoders.save_adapter(_tuned(encoders.add_lora(vit, rank=2, seed=3)), tmp_path / name, base="x")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-def test_training_never_moves_a_frozen_weight(vit: Clip, pixels: torch.Tensor):
-    tower = encoders.add_lora(vit, rank=2)
-    before = {name: value.clone() for name, value in tower.visual.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in tower.parameters() if p.requires_grad], lr=0.1)
-    start = tower(pixels)[:, 0].sum().item()
-    for _ in range(5):
-        optimizer.zero_grad()
-        tower(pixels)[:, 0].sum().backward()
-        optimizer.step()
-    assert tower(pixels)[:, 0].sum().item() < start
-    for name, value in tower.visual.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
-def test_trained_parameters_are_counted(vit: Clip):
-    rank, width = 2, 32
-    attention = rank * (width + 3 * width)
-    mlp = 2 * rank * (width + 4 * width)
-    assert encoders.add_lora(vit, rank=rank).trained == 2 * (attention + mlp)
-    assert encoders.unfreeze(vit).trained == sum(p.numel() for p in vit.model.visual.parameters())
-
-
-def test_full_tuning_merges_and_leaves_f_r_alone(vit: Clip, pixels: torch.Tensor):
-    real = vit.encode_images(pixels)
-    tower = _tuned(encoders.unfreeze(vit))
-    merged = encoders.merge(vit, tower)
-    with torch.no_grad():
-        torch.testing.assert_close(merged.encode_images(pixels), tower(pixels), atol=1e-6, rtol=0)
-    assert (merged.encode_images(pixels) - real).abs().max() > 1e-3
-    assert torch.equal(vit.encode_images(pixels), real)
-
-
-def test_adapter_of_another_model_is_refused(vit: Clip, resnet: Clip, tmp_path: Path):
-    encoders.save_adapter(encoders.add_lora(vit, rank=2), tmp_path, base=vit.name)
-    with pytest.raises(InputError, match="no adapter for resnet"):
-        encoders.load_adapter(resnet, tmp_path)
-    with pytest.raises(InputError, match="no adapter for vit"):
-        encoders.load_adapter(vit, tmp_path / "missing")
-
-
-def test_unknown_lora_targets_are_refused(vit: Clip):
-    with pytest.raises(UsageError, match=r"align\.lora_targets"):
-        encoders.add_lora(vit, targets=["nonsense"])

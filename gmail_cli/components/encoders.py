@@ -1,29 +1,23 @@
-"""CLIP encoders: the frozen tower f_r, its tuned copy f_g, and embedding with either (paper, section 3.2).
+"""CLIP encoders: loading and saving open_clip models, and embedding images and texts with them.
 
-A :class:`Clip` is an open_clip model with its tokenizer, its preprocessing and a digest of its content. f_g is the
-same model with another image tower: a :class:`TunedTower` trains it (LoRA through peft, or every weight), and
-:func:`merge` folds it back into a plain open_clip model.
-
-LoRA is computed as ``W + scale * B A`` on the weights, not by peft's wrapped layers, because peft 0.21's
-``MultiheadAttention`` adds and subtracts the update around every forward pass (the frozen weights drift by 1e-7 and a
-resumed run would end in other bytes) and applies that of ``out_proj`` twice. The adapter leaves ``out_proj`` alone,
-so what is saved behaves the same in plain peft, with and without that defect.
+A :class:`Clip` is an open_clip model with its tokenizer, its preprocessing and a digest of its content.
+``components/tuning.py`` tunes a copy of its image tower.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import functools
 import hashlib
 import json
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -32,9 +26,6 @@ from torch import Tensor, nn
 
 from gmail_cli.components.images import Preprocess, batches
 from gmail_cli.errors import InputError, SetupError, UsageError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -116,14 +107,14 @@ class Clip:
     @torch.inference_mode()
     def encode_images(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Unit fp32 embeddings of preprocessed images."""
-        with self._autocast():
+        with self.autocast():
             features = self.model.encode_image(pixels.to(self.device))
         return nn.functional.normalize(features.float(), dim=-1)
 
     @torch.inference_mode()
     def encode_tokens(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
         """Unit fp32 embeddings of token ids."""
-        with self._autocast():
+        with self.autocast():
             features = text_features(self.model, ids.to(self.device))
         return nn.functional.normalize(features.float(), dim=-1)
 
@@ -131,10 +122,31 @@ class Clip:
         """Unit fp32 embeddings of texts, in one batch."""
         return self.encode_tokens(self.tokenize(texts).ids)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context to run the model in: nothing in fp32, bf16 autocast otherwise."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device of a ``runtime.device`` setting; ``auto`` takes a GPU when torch sees one.
+
+    Raises:
+        SetupError: A device this machine lacks.
+    """
+    if choice == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (choice == "cuda" and not torch.cuda.is_available()) or (
+        choice == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise SetupError(f"runtime.device = {choice!r}: torch sees none", hint="Use auto or cpu.")
+    return torch.device(choice)
+
+
+def describe_device(device: torch.device) -> str:
+    """A device in words, for a manifest."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 # -- text towers -------------------------------------------------------------------------------------------------
@@ -219,12 +231,12 @@ def load_clip(
     if source.kind == "hub":
         folder = _download(source.name, revision=revision)
         clip = _load_folder(folder, name=str(ref), device=device, precision=precision)
-        return _replace(clip, digest=model_digest(ref, revision=revision))
+        return dataclasses.replace(clip, digest=model_digest(ref, revision=revision))
     model_cfg = open_clip.get_model_config(source.name)
     config = {"model_cfg": model_cfg, "preprocess_cfg": {}}
     if source.kind == "architecture":
         clip = build_clip(config, seed=seed, name=str(ref), device=device, precision=precision)
-        return _replace(clip, digest=model_digest(ref, seed=seed))
+        return dataclasses.replace(clip, digest=model_digest(ref, seed=seed))
     tag = open_clip.get_pretrained_cfg(source.name, source.tag)
     quick = bool(tag.get("quick_gelu", False))
     if model_cfg.get("quick_gelu", False) and not quick:
@@ -238,7 +250,7 @@ def load_clip(
         open_clip.load_checkpoint(clip.model, str(weights))
     except RuntimeError as error:
         raise InputError(f"the weights of {ref} do not fit: {error}") from error
-    return _replace(clip, digest=model_digest(ref, revision=revision))
+    return dataclasses.replace(clip, digest=model_digest(ref, revision=revision))
 
 
 def build_clip(
@@ -393,16 +405,10 @@ def _clip(
         preprocess=Preprocess.from_open_clip(preprocess_cfg),
         config=config,
         name=name,
-        digest=digest or _tensors_digest(config, model.state_dict()),
+        digest=digest or tensors_digest(config, model.state_dict()),
         device=device,
         precision=precision,
     )
-
-
-def _replace(clip: Clip, **changes: Any) -> Clip:
-    import dataclasses
-
-    return dataclasses.replace(clip, **changes)
 
 
 def _download(repository: str, *, revision: str) -> Path:
@@ -466,7 +472,8 @@ def _safetensors_parts(config: Mapping[str, Any], file: Path) -> Iterator[bytes]
         yield data[8 + size + start : 8 + size + stop].tobytes()
 
 
-def _tensors_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def tensors_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The digest of a model in memory: what :func:`model_digest` gives for the folder it is saved to."""
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
     def parts() -> Iterator[bytes]:
@@ -507,7 +514,7 @@ def embed_images(
     vectors = np.empty((count, clip.dim), dtype=np.float32)
     done = 0
     for pixels in batches(image_bytes, count, preprocess=clip.preprocess, batch_size=batch_size, workers=workers):
-        vectors[done : done + len(pixels)] = clip.encode_images(pixels).cpu().numpy()
+        vectors[done : done + len(pixels)] = clip.encode_images(torch.from_numpy(pixels)).cpu().numpy()
         done += len(pixels)
         if progress:
             progress(done, count)
@@ -532,156 +539,3 @@ def embed_texts(
         if progress:
             progress(start + len(rows), len(texts))
     return vectors, int(tokens.truncated.sum()) / len(texts)
-
-
-# -- f_g ---------------------------------------------------------------------------------------------------------
-
-
-class TunedTower(nn.Module):
-    """A trainable copy of an image tower: f_g while it is being tuned.
-
-    Always in eval mode: no dropout, and batch normalisation keeps f_r's statistics, so an update depends on nothing
-    but the batch. Without an adapter every weight is trained.
-    """
-
-    def __init__(self, visual: nn.Module, adapter: PeftModel | None = None) -> None:
-        super().__init__()
-        self.visual = visual
-        self.adapter = adapter
-        self.eval()
-
-    def adapted(self) -> dict[str, Tensor]:
-        """Name -> ``W + scale * B A`` of each weight the adapter changes; empty without one."""
-        if self.adapter is None:
-            return {}
-        from peft.tuners.lora import LoraLayer
-
-        weights = {}
-        for path, layer in self.adapter.base_model.model.named_modules():
-            if isinstance(layer, LoraLayer):
-                fused = isinstance(layer.get_base_layer(), nn.MultiheadAttention)
-                name = path.replace(".base_layer", "") + (".in_proj_weight" if fused else ".weight")
-                weights[name] = self.visual.get_parameter(name) + layer.get_delta_weight("default")
-        return weights
-
-    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Unit embeddings, differentiable."""
-        features = torch.func.functional_call(self.visual, self.adapted(), (pixels,))
-        return nn.functional.normalize(features.float(), dim=-1)
-
-    @property
-    def trained(self) -> int:
-        """Number of trained parameters."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-
-
-def lora_targets(visual: nn.Module) -> tuple[str, ...]:
-    """The modules of an image tower that LoRA tunes by default.
-
-    Vision transformers: the whole ``attn`` (peft reaches a fused ``nn.MultiheadAttention`` in no other way) and both
-    layers of the MLP. Residual networks: every convolution; not the attention pool, whose weights are read without
-    calling the modules, so that plain peft would ignore an adapter there. timm towers: their linear layers.
-    """
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.timm_model import TimmModel
-
-    if isinstance(visual, ModifiedResNet):
-        return ("conv1", "conv2", "conv3", "downsample.0")
-    return ("qkv", "proj", "fc1", "fc2") if isinstance(visual, TimmModel) else ("attn", "c_fc", "c_proj")
-
-
-def add_lora(
-    clip: Clip, *, rank: int = 4, alpha: float = 8.0, targets: Sequence[str] = (), seed: int = 0
-) -> TunedTower:
-    """A copy of ``clip``'s image tower that trains a low-rank update of its weights (Hu et al. 2022).
-
-    Args:
-        clip: f_r; stays as it is.
-        rank: Rank of each update (the paper: 4).
-        alpha: The update is scaled by ``alpha / rank``.
-        targets: Names of modules to tune, as peft matches them; empty takes :func:`lora_targets`.
-        seed: Of the initial A; B starts at zero, so f_g starts as f_r.
-
-    Raises:
-        UsageError: peft cannot tune such modules, or the tower has none of that name.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    targets = sorted(targets or lora_targets(clip.model.visual))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            adapter = get_peft_model(_shell(visual), config)
-        except (ValueError, TypeError) as error:
-            hint = "Name modules of the image tower, such as attn, c_fc and c_proj."
-            raise UsageError(f"align.lora_targets = {targets}: {error}", hint=hint) from error
-    for name, parameter in adapter.named_parameters():
-        if ".out_proj." in name:
-            parameter.requires_grad_(False)
-    return TunedTower(visual, adapter)
-
-
-def unfreeze(clip: Clip) -> TunedTower:
-    """A copy of ``clip``'s image tower that trains every weight (the paper's Table 11, "full")."""
-    return TunedTower(copy.deepcopy(clip.model.visual).requires_grad_(True))
-
-
-def save_adapter(tower: TunedTower, folder: Path, *, base: str) -> None:
-    """Write the adapter as plain peft loads it: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Args:
-        tower: Made by :func:`add_lora`.
-        folder: An existing folder.
-        base: Name of f_r, kept for the reader.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    assert tower.adapter is not None, "a fully tuned tower has no adapter"
-    config = tower.adapter.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": base, "inference_mode": True}
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    text = json.dumps(plain, indent=1, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    tensors = get_peft_model_state_dict(tower.adapter, save_embedding_layers=False)
-    save_file(
-        {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
-    )
-
-
-def load_adapter(clip: Clip, folder: Path) -> TunedTower:
-    """The tower of an adapter saved by :func:`save_adapter` (or plain peft) over ``clip``.
-
-    Raises:
-        InputError: No adapter there, or not one of this model.
-    """
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # peft only warns of weights it misses
-            adapter = PeftModel.from_pretrained(_shell(visual), str(folder))
-    except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
-        hint = "Give the adapter folder of an align artifact made from the same model."
-        raise InputError(f"{folder} holds no adapter for {clip.name}: {error}", hint=hint) from error
-    return TunedTower(visual, adapter)
-
-
-def _shell(visual: nn.Module) -> nn.Module:
-    """A second module structure over the same weights: peft rewrites the structure it is given."""
-    shared = {id(tensor): tensor for tensor in (*visual.parameters(), *visual.buffers())}
-    return copy.deepcopy(visual, shared)
-
-
-def merge(clip: Clip, tower: TunedTower, *, name: str = "") -> Clip:
-    """A plain open_clip model with the tuned tower's weights folded in: f_g beside f_r's text tower."""
-    model = copy.deepcopy(clip.model)
-    with torch.no_grad():
-        model.visual.load_state_dict({**tower.visual.state_dict(), **tower.adapted()})
-    model.requires_grad_(False)
-    digest = _tensors_digest(clip.config, model.state_dict())
-    return _replace(clip, model=model, name=name or clip.name, digest=digest)
