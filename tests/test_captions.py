@@ -169,6 +169,7 @@ def jsonl_file(folder: Path) -> Path:
         {"image": "../b.png", "text": "x"},
     ]
     records += [{"image": ["a.png"], "text": "x"}, {"image_id": True, "image": "a.png", "text": "x"}]
+    records += [{"image": "a.png", "text": "mine", "caption_id": "b.png#1"}]
     path = write_lines(folder / "captions.jsonl", records)
     path.write_bytes(path.read_bytes() + b"\n{torn\n\xff\n")
     return path
@@ -261,8 +262,9 @@ CASES: dict[str, tuple[Callable[[Path], Path], dict[str, Any], list[tuple[str, s
             "captions.jsonl:6: the path '../b.png' leaves the folder",
             "captions.jsonl:7: image file is ['a.png'], not a text or an integer",
             "captions.jsonl:8: image id is True, not a text or an integer",
-            "captions.jsonl:10: not JSON",
+            "captions.jsonl:9: duplicate caption id b.png#1",
             "captions.jsonl:11: not JSON",
+            "captions.jsonl:12: not JSON",
         ],
     ),
     "webdataset": (

@@ -107,14 +107,14 @@ class Clip:
     @torch.inference_mode()
     def encode_images(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Unit fp32 embeddings of preprocessed images."""
-        with self._autocast():
+        with self.autocast():
             features = self.model.encode_image(pixels.to(self.device))
         return nn.functional.normalize(features.float(), dim=-1)
 
     @torch.inference_mode()
     def encode_tokens(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
         """Unit fp32 embeddings of token ids."""
-        with self._autocast():
+        with self.autocast():
             features = text_features(self.model, ids.to(self.device))
         return nn.functional.normalize(features.float(), dim=-1)
 
@@ -122,10 +122,31 @@ class Clip:
         """Unit fp32 embeddings of texts, in one batch."""
         return self.encode_tokens(self.tokenize(texts).ids)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context to run the model in: nothing in fp32, bf16 autocast otherwise."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device of a ``runtime.device`` setting; ``auto`` takes a GPU when torch sees one.
+
+    Raises:
+        SetupError: A device this machine lacks.
+    """
+    if choice == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (choice == "cuda" and not torch.cuda.is_available()) or (
+        choice == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise SetupError(f"runtime.device = {choice!r}: torch sees none", hint="Use auto or cpu.")
+    return torch.device(choice)
+
+
+def describe_device(device: torch.device) -> str:
+    """A device in words, for a manifest."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
 
 
 # -- text towers -------------------------------------------------------------------------------------------------
