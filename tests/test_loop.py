@@ -114,7 +114,7 @@ def test_when_checkpoints_are_taken_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_loss_falls(tmp_path: Path) -> None:
-    module, curve = train(tmp_path)
+    _, curve = train(tmp_path)
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert [row["step"] for row in curve] == list(range(5, 121, 5))
     assert set(curve[0]) == {"step", "loss", "lr", "grad_norm", "accuracy"}
