@@ -15,6 +15,8 @@ import contextlib
 import hashlib
 import inspect
 import json
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +132,7 @@ def load_pipeline(
     place, folder = locate(model)
     options: dict[str, Any] = {} if folder else {"revision": revision or None}
     try:
-        with _quiet_transformers():
+        with _quiet():
             config = diffusers.DiffusionPipeline.load_config(place, **options)
             if "safety_checker" in config:
                 options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -144,11 +146,12 @@ def load_pipeline(
                 f"generate.model = {model!r} is not a complete diffusers pipeline: {reason}",
                 hint="save it again with pipeline.save_pretrained(folder, safe_serialization=True)",
             ) from error
-        at = f" at revision {revision!r}" if revision else ""
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
+            reason = "HF_HUB_OFFLINE is set and the hub cache does not hold all of it"
+        at = f" --revision {revision}" if revision else ""
         raise SetupError(
-            f"generate.model = {model!r}{at} could not be loaded from the hub: {reason}",
-            hint=f"where there is a network, run `hf download {model}`"
-            f"{f' --revision {revision}' if revision else ''}, or set generate.model to a local folder or 'tiny'",
+            f"generate.model = {model!r} (revision {revision or 'newest'}) could not be loaded from the hub: {reason}",
+            hint=f"where there is a network run `hf download {model}{at}`, or set generate.model to a local folder",
         ) from error
     if scheduler != "default":
         pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
@@ -219,6 +222,7 @@ class Sampler:
 
         Raises:
             SetupError: An image that stays blank or not-a-number through `ATTEMPTS` seeds.
+            UsageError: Steps or sizes that the pipeline refuses.
         """
         encode = _Encodings(self, list(dict.fromkeys(job.prompt for job in jobs)))
         size = self.sampling.batch_size
@@ -264,15 +268,24 @@ class Sampler:
             torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
             for job, attempt in rows
         ]
-        output = self.pipeline(
-            **encode([job.prompt for job, _ in rows]),
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            height=sampling.height or None,
-            width=sampling.width or None,
-            generator=generators,
-            output_type="pt",
-        ).images[: len(batch)]
+        given = encode([job.prompt for job, _ in rows])
+        try:
+            images = self.pipeline(
+                **given,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                height=sampling.height or None,
+                width=sampling.width or None,
+                generator=generators,
+                output_type="pt",
+            ).images
+        except ValueError as error:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
+                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {error}",
+                hint="set others in [generate]; some schedulers need at least 4 steps",
+            ) from error
+        output = images[: len(batch)]
         finite = output.isfinite().flatten(1).all(1)
         pixels = output.float().nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
         spread = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)
@@ -284,7 +297,12 @@ class Sampler:
         names = ("tokenizer", "tokenizer_2", "tokenizer_3")
         tokenizers = [t for name in names if (t := getattr(self.pipeline, name, None)) is not None]
         lengths = [
-            [len(ids) > tokenizer.model_max_length for ids in tokenizer(list(prompts), verbose=False).input_ids]
+            [
+                len(ids) > tokenizer.model_max_length
+                for ids in tokenizer(
+                    list(prompts), truncation=True, max_length=tokenizer.model_max_length + 1
+                ).input_ids
+            ]
             for tokenizer in tokenizers
         ]
         return [bool(cut) and all(cut) for cut in zip(*lengths, strict=True)] or [False] * len(prompts)
@@ -363,14 +381,16 @@ def _scheduler(own: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars while weights load; the caller shows its own progress."""
+def _quiet() -> Iterator[None]:
+    """No bars while weights load (the caller shows its own progress), no warning about how diffusers calls its hub."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -1,7 +1,8 @@
 """Equal vectors get equal scores.
 
-The last bit of a matrix product depends on where in the matrix a cell stands, because BLAS kernels sum edges in
-another order. A score must not depend on that when ties decide a rank, so equal vectors are multiplied once.
+The last bit of a matrix product depends on where in the matrix a cell stands, because BLAS kernels sum edges
+in another order. A score must not depend on that when ties decide a rank, so equal vectors are multiplied
+once.
 """
 
 from __future__ import annotations

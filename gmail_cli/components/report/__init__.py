@@ -6,6 +6,7 @@ forbid any through their content security policy.
 
 from __future__ import annotations
 
+from gmail_cli.components.report.names import task_title
 from gmail_cli.components.report.pages import html, markdown, search_page
 from gmail_cli.components.report.records import (
     Breakdown,
@@ -17,6 +18,7 @@ from gmail_cli.components.report.records import (
     PictureRow,
     Report,
 )
+from gmail_cli.components.report.thumbnails import thumbnail
 from gmail_cli.components.report.verdict import Verdict, verdict
 
 __all__ = [
@@ -32,5 +34,7 @@ __all__ = [
     "html",
     "markdown",
     "search_page",
+    "task_title",
+    "thumbnail",
     "verdict",
 ]

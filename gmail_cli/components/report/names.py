@@ -14,22 +14,12 @@ ARM_NOTES = {
 }
 
 TASK_LABELS = {
-    "none": "the encoder as it came",
     "clip-text": "the text tower",
     "clip": "CLIP",
     "clipcap": "captioning",
-    "probe": "the linear probe",
+    "linear-probe": "the linear probe",
     "gap": "the modality gap",
 }
-
-HEADLINES = (
-    "text_to_image_recall_at_1",
-    "image_to_text_recall_at_1",
-    "zero_shot_top_1_accuracy",
-    "probe_top_1_accuracy",
-    "cider",
-)
-"""Metrics that a verdict is drawn from, the first of a task's being its headline."""
 
 GAP_METRICS = (
     "paired_cosine",
@@ -40,9 +30,9 @@ GAP_METRICS = (
     "linear_separability",
     "neighbour_separability",
 )
-"""Metrics of the modality gap, shown as they are; all others but ranks are shown times 100."""
+"""Metrics of the modality gap, shown as they are; all others are shown times 100."""
 
-FAMILIES = ("retrieval", "long captions", "ranks", "classification", "captions")
+FAMILIES = ("retrieval", "long captions", "classification", "captions")
 
 _LABELS = {
     "bleu_1": "BLEU-1",
@@ -69,7 +59,7 @@ _PARTS = (
     ("mean_per_class_accuracy", "mean per class"),
     ("true_recall_at_", "true R@"),
     ("recall_at_", "R@"),
-    ("mean_reciprocal_rank", "reciprocal rank"),
+    ("mean_reciprocal_rank", "1/rank"),
     ("_", " "),
 )
 
@@ -98,21 +88,14 @@ def family(metric: str) -> str:
     """Which of ``FAMILIES`` a task's metric belongs to: metrics of one family share a table."""
     if metric.startswith("long_"):
         return "long captions"
-    if metric.endswith("_rank"):
-        return "ranks"
-    if "_recall_at_" in metric:
+    if metric.startswith(("text_to_image", "image_to_text")):
         return "retrieval"
     return "classification" if metric.endswith("_accuracy") else "captions"
 
 
 def scale(metric: str) -> int:
-    """What a value is multiplied with to be shown: 100 for shares and caption scores, 1 for ranks and the gap."""
-    return 1 if metric in GAP_METRICS or metric.endswith(("_mean_rank", "_median_rank")) else 100
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value is the better one."""
-    return metric.endswith(("_mean_rank", "_median_rank", "_distance", "_separability"))
+    """What a value is multiplied with to be shown: 100 for shares and caption scores, 1 for the gap."""
+    return 1 if metric in GAP_METRICS else 100
 
 
 def show(metric: str, value: float | None, *, signed: bool = False) -> str:

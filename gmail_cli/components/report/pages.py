@@ -13,6 +13,7 @@ from markupsafe import Markup
 from gmail_cli.components.report import names, plots
 from gmail_cli.components.report.records import Picture, Report
 from gmail_cli.components.report.verdict import outcome_of, verdict
+from gmail_cli.components.scores import HEADLINES
 
 _TEMPLATES = ("page.html.j2", "pictures.html.j2", "report.html.j2", "search.html.j2", "report.md.j2")
 
@@ -88,7 +89,7 @@ def _headline_charts(results: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     charts = []
     for task in dict.fromkeys(row["task"] for row in results["aggregates"]):
         plain = [row for row in results["aggregates"] if row["task"] == task and not row["dual_projection"]]
-        present = [metric for metric in names.HEADLINES if any(row["metric"] == metric for row in plain)]
+        present = [metric for metric in HEADLINES if any(row["metric"] == metric for row in plain)]
         for metric in present[:2]:
             rows = sorted((row for row in plain if row["metric"] == metric), key=lambda row: names.arm_rank(row["arm"]))
             if len(rows) > 1:

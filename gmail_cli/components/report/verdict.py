@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gmail_cli.components.report.names import HEADLINES, interval, lower_is_better, metric_label, show, task_label, task_title
+from gmail_cli.components.report.names import interval, metric_label, show, task_label, task_title
+from gmail_cli.components.scores import HEADLINES, lower_is_better
 
 Outcome = Literal["better", "worse", "unclear"]
 
@@ -70,7 +71,9 @@ def _headline_comparisons(results: Mapping[str, Any]) -> list[Mapping[str, Any]]
 
 
 def _in_short(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    text = f"{task_label(row['task'])}{_dual(row)} ({metric_label(row['metric'])} {show(row['metric'], row['difference'], signed=True)} points"
+    metric = row["metric"]
+    difference = show(metric, row["difference"], signed=True)
+    text = f"{task_label(row['task'])}{_dual(row)} ({metric_label(metric)} {difference} points"
     share = _share_row(row, results)
     closed = share["share"] if share and outcome_of(row) == "better" else None
     return text + (f", {100 * closed:.0f} % of the way to real images)" if closed is not None else ")")
