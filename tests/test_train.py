@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 import pytest
@@ -27,7 +27,7 @@ from gmail_cli.components.images import GeneratedImage
 from gmail_cli.components.pairs import pair
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import ArmName, Profile, TaskName, build
 from gmail_cli.stages import train
 
 SELF = Path(__file__)
@@ -284,6 +284,11 @@ def test_arms_need_their_artifacts(world: World) -> None:
         train.plan_key(world.profile(arms=["generated-aligned"]), generated="0" * 64)
     key = train.plan_key(world.profile(arms=["real"]), aligned="1" * 64)
     assert set(key.inputs) == {"data"}
+
+
+def test_every_task_and_arm_of_the_profile_exists() -> None:
+    assert set(get_args(TaskName)) == set(train.TASKS)
+    assert set(get_args(ArmName)) == {arm for task in train.TASKS.values() for arm in task.arms}
 
 
 @given(arms=st.sets(st.sampled_from(ARMS), min_size=1), seeds=st.sets(st.integers(0, 4), min_size=1))
