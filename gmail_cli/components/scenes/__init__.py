@@ -1,4 +1,4 @@
-"""The small world ``tiny`` draws: endless captioned pictures of a few objects in a landscape, made with numpy alone.
+"""The small world ``tiny`` draws: endless captioned pictures of objects in landscapes, made with numpy alone.
 
     >>> scene = sample_scene("test", 7)
     >>> render(scene).shape

@@ -1,7 +1,8 @@
 """What can be said about a scene: five short captions and a long one, true in every word.
 
 All wording lives in the tables below, so that ``vocabulary`` is complete by construction. Every short caption states
-kind, colour and place of the main object first, and the ground: texts of different splits can never be equal.
+the ground, and the main object's kind, colour and place before any other object's: texts of different splits
+therefore differ.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _SKIES = {
     "day": ("under a blue sky", "on a sunny day"),
     "sunset": ("at sunset", "in evening light"),
     "night": ("at night", "under a dark starry sky"),
-    "overcast": ("under a grey sky", "on a dull day"),
+    "overcast": ("under a grey sky", "on a cloudy day"),
     "fog": ("in fog", "on a misty day"),
 }
 _BEHIND = {
@@ -80,7 +81,6 @@ _ALONE = ("a lone {main} {place}, {depth}, {ground}", "nothing but the {main} {p
 _BACKDROP = ("{two} {ground} with {behind} behind", "{two} before {behind}, {ground} {sky}")
 _RELATIONS = {
     "front": ("in front of", "nearer than"),
-    "behind": ("behind", "farther than"),
     "level": ("beside", "next to"),
 }
 
@@ -100,7 +100,6 @@ _SURFACES = {
 _LARGEST = ("Of them all, the {main} looks largest.", "The {main} takes up more room than anything else.")
 _TOGETHER = {
     "front": ("The {main} is to the {side} of the {other} and nearer to the camera.",),
-    "behind": ("The {main} is to the {side} of the {other} and farther from the camera.",),
     "level": ("The {main} is to the {side} of the {other}, at about the same distance.",),
 }
 _EMPTY = {
@@ -165,16 +164,18 @@ _WORD = re.compile(r"[a-z]+")
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Five different short captions of at most 40 words; the first states every object's kind, colour, material, size, depth and place, the ground and the sky."""
+    """Five different short captions of at most 40 words.
+
+    The first states kind, colour, material, size, depth and place of every object, the ground and the sky; the others
+    choose and may leave out a third object.
+    """
     words = _Words(scene)
     main = scene.objects[0]
     plain = {"ground": words.say(_GROUNDS[scene.ground]), "sky": words.say(_SKIES[scene.sky])}
     complete = [words.thing(o, size=True, material=True, depth=True, canonical=True) for o in scene.objects]
     everything = [words.thing(o) for o in scene.objects]
     two = [words.thing(o, material=o is main) for o in scene.objects[:2]]
-    first = _COMPLETE[0].format(
-        all=_listed(complete), ground=_GROUNDS[scene.ground][0], sky=_SKIES[scene.sky][0]
-    )
+    first = _COMPLETE[0].format(all=_listed(complete), ground=_GROUNDS[scene.ground][0], sky=_SKIES[scene.sky][0])
     second = words.say(_SETTING_FIRST).format(all=_listed(everything), **plain)
     third = words.say(_LOOSE).format(two=_listed(two), **plain)
     if len(scene.objects) == 1:
@@ -195,22 +196,18 @@ def captions(scene: Scene) -> tuple[str, ...]:
             **plain,
         )
     again = [words.thing(o, size=True) for o in scene.objects[:2]]
-    fifth = words.say(_BACKDROP).format(
-        two=_listed(again), behind=words.say(_BEHIND[scene.backdrop]), **plain
-    )
+    fifth = words.say(_BACKDROP).format(two=_listed(again), behind=words.say(_BEHIND[scene.backdrop]), **plain)
     return tuple(_sentence(text) for text in (first, second, third, fourth, fifth))
 
 
 def long_caption(scene: Scene) -> str:
-    """About 80 to 160 words in whole sentences: objects and their relations, setting, light and camera.
+    """About 100 to 160 words in whole sentences: objects and their relations, setting, light and camera.
 
     Objects come before or after the setting, so whoever reads only the first 77 tokens misses either.
     """
     words = _Words(scene)
     sentences = [
-        words.say(_INTRODUCTIONS).format(
-            number=_NUMBERS[len(scene.objects)], ground=words.say(_GROUNDS[scene.ground])
-        )
+        words.say(_INTRODUCTIONS).format(number=_NUMBERS[len(scene.objects)], ground=words.say(_GROUNDS[scene.ground]))
     ]
     for block in words.dice.shuffled((_objects(scene, words), _setting(scene))):
         sentences += block
@@ -225,9 +222,7 @@ def long_caption(scene: Scene) -> str:
 
 def vocabulary() -> list[str]:
     """Every lower-case word the captions can contain, sorted."""
-    return sorted(
-        {word for text in _strings(_TABLES) for word in _WORD.findall(re.sub(r"\{\w+\}", " ", text.lower()))}
-    )
+    return sorted({word for text in _strings(_TABLES) for word in _WORD.findall(re.sub(r"\{\w+\}", " ", text.lower()))})
 
 
 def _objects(scene: Scene, words: _Words) -> list[str]:
@@ -305,9 +300,8 @@ class _Words:
 
 
 def _relation(main: SceneObject, other: SceneObject) -> str:
-    if main.depth == other.depth:
-        return "level"
-    return "front" if main.depth == "near" else "behind"
+    """Whether the main object is nearer than another or level with it; what looks largest is never behind."""
+    return "level" if main.depth == other.depth else "front"
 
 
 def _listed(things: list[str]) -> str:

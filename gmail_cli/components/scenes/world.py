@@ -1,9 +1,9 @@
 """What a scene is, and how scene number i of a split is drawn from a seed.
 
 Every scene is a function of (world seed, split, index) through SHA-256, so it does not depend on what was sampled
-before it. A scene belongs to exactly one split: a hash of its *key* (kind, colour and place of the main object, and
-the ground), all of which every caption states, decides which. Hence neither a description nor a caption text of one
-split can occur in another.
+before it. A scene belongs to exactly one split: a hash of its *key* (kind, colour and place of the main object,
+and the ground), all of which every caption states, decides which. Hence neither a description nor a caption text
+of one split can occur in another.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def attributes(scene: Scene) -> dict[str, str]:
 
 
 class Dice:
-    """Draws that depend only on the parts given; only ``Generator.random`` is used, the stablest of its streams."""
+    """Draws that depend only on the parts given; uses ``Generator.random`` alone, the stablest of its streams."""
 
     def __init__(self, *parts: object) -> None:
         digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
@@ -203,13 +203,15 @@ def percentile(kind: str, colour: str, place: str, ground: str) -> int:
 def _draw_objects(dice: Dice, kind: str, colour: str, place: str) -> tuple[SceneObject, ...]:
     count = dice.pick((1, 1, 1, 2, 2, 2, 2, 3, 3, 3))
     # The main object looks strictly larger than the others, so that the label is plain to see.
-    rank = dice.pick((0, 0, 1, 2, 3)) if count == 1 else dice.pick((0, 0, 0, 1))
+    rank = dice.pick((0, 0, 1, 2, 3)) if count == 1 else dice.pick((0, 0, 0, 1, 2))
     objects = [_draw_object(dice, kind, colour, place, rank)]
     for other_place in dice.shuffled([name for name in PLACES if name != place])[: count - 1]:
         names = {(thing.kind, thing.colour) for thing in objects}
         while (kind, colour) in names:
             kind, colour = dice.pick(CLASS_NAMES), dice.pick(COLOURS)
-        objects.append(_draw_object(dice, kind, colour, other_place, dice.pick(range(rank + 1, len(_RANKS)))))
+        # Shapes fill their height differently, hence the wide step below a main object that is not the largest.
+        smaller = dice.pick((1, 2, 3)) if rank == 0 else 3
+        objects.append(_draw_object(dice, kind, colour, other_place, smaller))
     return (objects[0], *sorted(objects[1:], key=lambda thing: -thing.height))
 
 
