@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gmail_cli.errors import InputError, UsageError
 
@@ -40,6 +40,8 @@ Limit = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"]
+ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
 
 
@@ -96,27 +98,251 @@ class Model(Section):
 
 
 class Generate(Section):
-    """Images from captions."""
+    """Images from captions (the paper: Stable Diffusion v2, 50 steps, one image per caption)."""
+
+    source: Literal["pipeline", "import"] = "pipeline"
+    """`pipeline` draws images with `model`; `import` takes finished ones from `import_path`, byte for byte."""
+    import_path: str = ""
+    """`import`: the images made elsewhere, with their captions: a folder, tar, Parquet or captions file."""
+    name: str = ""
+    """Name of the generator, written into every record. Empty: the model's name, or `import`."""
+    limit: Limit = 0
+    """Use the first N image records with all their captions; 0 uses all."""
+    captions_per_image: Limit = 0
+    """Use the first N captions of each image record; 0 uses all. (`import` records the first one.)"""
+    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
+    """Kinds of captions to use."""
+    per_caption: Count = 1
+    """Images per caption: 20 image records of 5 captions give 500 images at `per_caption = 5`."""
+    model: str = "tiny"
+    """Text-to-image pipeline: `tiny` (shipped), a folder in diffusers format, or a hub id."""
+    revision: str = ""
+    """Commit of a hub model; required for one, so that the artifact says which weights drew it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the pipeline; a CPU wants `float32`."""
+    scheduler: Literal[
+        "default",
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ] = "default"
+    """Sampler: `default` keeps the pipeline's own; another must suit it."""
+    steps: Count = 50
+    """Denoising steps."""
+    guidance: NonNegative = 7.5
+    """Classifier-free guidance scale; 1 or less turns guidance off, as turbo and LCM models want it."""
+    prompt_template: str = "{caption}"
+    """What the pipeline is told; `{caption}` stands for the caption."""
+    negative_prompt: str = ""
+    """What guidance leads away from; needs `guidance` above 1."""
+    height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
+    """Pixels; 0 takes the pipeline's own. Set `width` too."""
+    width: Annotated[int, Field(ge=0, multiple_of=8)] = 0
+    """Pixels; 0 takes the pipeline's own. Set `height` too."""
+    batch_size: Count = 8
+    """Images drawn at once. Part of the artifact's identity: another batch size moves pixels in the last bits."""
+    format: Literal["png", "jpg", "webp"] = "png"
+    """File format; `png` is lossless."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of `jpg` and `webp`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Generate:
+        if "{caption}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}}")
+        if self.negative_prompt and self.guidance <= 1:
+            raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
+        if bool(self.height) != bool(self.width):
+            raise ValueError(f"height = {self.height} and width = {self.width}: set both or neither")
+        if (self.source == "import") != bool(self.import_path):
+            raise ValueError('source = "import" and import_path = "..." go together: set both or neither')
+        return self
 
 
 class Align(Section):
     """f_g: a copy of f_r tuned until f_g(generated) meets f_r(real) (paper, section 3.2, Eq. 1)."""
 
+    objective: Annotated[
+        str,
+        Field(
+            pattern=r"^(paper|recommended|(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|coral|mmd)"
+            r"(\+(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|coral|mmd))*)$"
+        ),
+    ] = "paper"
+    """What to minimise. `paper` is Eq. 1 and nothing else; `recommended` is what served best in docs/experiments.md.
+
+    Or a weighted sum of terms such as `cosine+0.5*eq1`: `eq1`, `symmetric` (Eq. 1 both ways), `cosine` (1 - cosine to
+    the partner, no negatives), `coral` (means and covariances), `mmd` (kernel mean discrepancy)."""
+    temperature: Positive = 0.07
+    """Temperature of `eq1` and `symmetric`."""
+    pairing: Literal["auto", "caption", "random", "nearest", "optimal-transport"] = "auto"
+    """The real partner of a generated image: the image its caption describes (`caption`), or a real image of the same
+    caption text or class: a `random` one each step, the `nearest` under f_r, or one to one by `optimal-transport`.
+    `auto` is `caption` where those images are at hand, else `random`."""
+    false_negatives: Literal["mask", "mask-caption", "keep"] = "mask"
+    """Real images of a batch that are no negatives in `eq1`: the same partner (`mask`), also the same caption text
+    (`mask-caption`), or none (`keep`)."""
+    method: Literal["lora", "full"] = "lora"
+    """Train a low-rank update, or every weight of the tower (paper, Table 11)."""
+    lora_rank: Count = 4
+    """Rank of the update (the paper's 4)."""
+    lora_alpha: Positive = 8.0
+    """The update is scaled by `lora_alpha / lora_rank`."""
+    lora_targets: Strings = ()
+    """Modules to tune, as peft matches them; empty takes a transformer's attention and MLP, a ResNet's convolutions."""
+    steps: Count = 1000
+    """Optimiser steps."""
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    """Pairs per step; `eq1` has one less negatives."""
+    lr: Positive = 1e-4
+    """Highest learning rate of AdamW."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's decay of matrices."""
+    schedule: Literal["cosine-restarts", "cosine", "constant"] = "cosine-restarts"
+    """Shape of the learning rate; the paper uses cosine with warm restarts."""
+    cycles: Count = 4
+    """Cosine cycles of `cosine-restarts`."""
+    warmup: Limit = 0
+    """Steps over which the learning rate first rises."""
+    clip_norm: Positive = 1.0
+    """Largest norm of the gradient."""
+    validation: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    """Share of the images, with all that belongs to them, kept out of training to judge alignment by; 0 for none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the towers; weights stay fp32. bf16 needs a GPU."""
+
 
 class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
+
+    tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
+    """What to train: a text tower, a whole CLIP, a captioner, a class probe, or one of the shipped small models."""
+    arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
+        "none",
+        "real",
+        "generated-naive",
+        "generated-aligned",
+    )
+    """Images to train on: none; real through f_r; generated through f_r (naive) or f_g (aligned); real and aligned."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple), Field(min_length=1)] = (0,)
+    """Seeds of initial weights and data order; one cell for each. Arm `none` has one cell, for the first seed."""
+    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
+    """Kinds of captions to train on."""
+    steps: Count = 1000
+    """Optimiser steps of every cell."""
+    batch_size: Count = 256
+    """Captions per step (the paper: 256)."""
+    lr: Positive = 1e-4
+    """Highest learning rate (the paper: 1e-4)."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's weight decay of matrices (the paper: 0.01)."""
+    schedule: Literal["cosine", "cosine-restarts", "constant"] = "cosine"
+    """Learning rate after the warm-up (the paper restarts)."""
+    cycles: Count = 4
+    """Cosine cycles of `cosine-restarts`."""
+    warmup: Limit = 0
+    """Steps over which the learning rate rises."""
+    clip_norm: NonNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of the average of the parameters that is kept in the end; 0 keeps the last parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes under autocast (GPU only); weights stay fp32."""
+    mix_ratio: Fraction = 0.5
+    """Arm `mixed`: probability that a caption is seen with its real image."""
+    dual_projection: Literal["off", "on", "both"] = "off"
+    """A projection for each flow before the head (`clipcap`, `linear-probe`); `both` trains cells without and with."""
+    architecture: str = ""
+    """`clip`: open_clip config to train from random weights: a JSON file (here, or a shipped one), or a name such as
+    ViT-B-32; empty fine-tunes f_r."""
+    vocabulary: Annotated[int, Field(ge=0)] = 0
+    """`clip` from random weights: entries of a tokenizer learned from the captions; 0 takes CLIP's own."""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """`clip`: random shifts; `crop-flip` also mirrors (wrong where captions speak of left and right)."""
+    patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """`clip`: share of patches left out during the first three quarters of the steps; vision transformers only."""
+    lm: str = "tiny"
+    """`clipcap`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub id."""
+    lm_revision: str = ""
+    """Commit of a hub language model; required for one."""
+    tune_lm: bool = False
+    """`clipcap`: train the language model too."""
+    prefix_length: Count = 8
+    """`clipcap`: prefix embeddings per image."""
+    mapping: Literal["mlp", "transformer"] = "mlp"
+    """`clipcap`: network from embedding to prefix."""
+    caption_tokens: Annotated[int, Field(ge=2)] = 64
+    """`clipcap`: longer captions are cut."""
 
 
 class Embed(Section):
     """Unit embeddings with their ids."""
 
+    real_encoder: Literal["original", "tuned"] = "original"
+    """What real images go through at evaluation: f_r (paper, Fig. 1 and Algorithm 1), or f_g as one sentence of its
+    section 3.2 has it."""
+    templates: Annotated[Strings, Field(min_length=1)] = ("a photo of a {}.",)
+    """Prompts of zero-shot classification; `{}` stands for the class name, and their embeddings are averaged."""
+    gap_count: Limit = 1000
+    """Pairs of real and generated images to measure the modality gap on (paper, Table 14 and Fig. 3); 0 for none."""
+    batch_size: Count = 256
+    """Images or texts per forward pass."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number format of stored vectors; they are normalised in float32 first."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the towers. bf16 needs a GPU."""
+
+    @field_validator("templates")
+    @classmethod
+    def _name_the_class(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must hold {{}} once, for the class name")
+        return templates
+
 
 class Index(Section):
     """FAISS indexes over embeddings."""
 
+    kind: Literal["auto", "flat", "hnsw", "ivf"] = "auto"
+    """Kind of index; `auto` is exact (`flat`) up to 200,000 vectors and `ivf` above."""
+    recall_target: Fraction = 0.95
+    """Recall@10 against exact search that an approximate index searches hard enough to reach."""
+    texts: bool = False
+    """Index the text tables as well as the image tables."""
+
 
 class Eval(Section):
     """Metrics, intervals, comparisons and the report."""
+
+    recall_at: Annotated[tuple[Count, ...], BeforeValidator(_tuple), Field(min_length=1)] = (1, 5, 10)
+    """The k of recall@k."""
+    true_recall: bool = False
+    """Also report the share of all correct items among the first k, beside whether any is."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Bootstrap resamples, drawn by image, behind every interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of the intervals."""
+    meteor: Literal["auto", "on", "off"] = "auto"
+    """METEOR needs Java; `auto` leaves it out where there is none, `on` fails."""
+    beams: Count = 1
+    """Beams that captions are generated with; 1 is greedy."""
+    caption_tokens: Count = 48
+    """Most tokens of a generated caption."""
+    shared_captions: Literal["auto", "fail", "report"] = "auto"
+    """Captions that training and test set share: stop, or count them in the report. `auto` stops unless captions
+    repeat inside the test set itself, as those made of class names do. Shared images always stop."""
+    examples: Limit = 6
+    """Rows of images, retrievals and captions that the report shows of each sort."""
+    thumbnail: Annotated[int, Field(ge=16, le=512)] = 96
+    """Longest side of an image in the report, pixels."""
 
 
 class Runtime(Section):

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -74,6 +75,25 @@ class Recipe:
     ema: float | None = None
     seed: int = 0
     log_every: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Something to train, ready for `fit`, and what becomes of it.
+
+    Attributes:
+        module: As `fit` wants it.
+        loss: As `fit` wants it.
+        rows: As `fit` wants it.
+        export: Writes the trained result into an empty folder.
+        evaluate: Measures the trained result, where the task has a measure of its own.
+    """
+
+    module: nn.Module
+    loss: Loss
+    rows: int | Callable[[int], np.ndarray]
+    export: Callable[[Path], None]
+    evaluate: Callable[[], dict[str, float]] | None = None
 
 
 def seed_from(*parts: int | str) -> int:
@@ -185,17 +205,12 @@ class _State:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = held.get(f"adam/{key}/{name}")
                 if value is not None:
-                    blank = (
-                        torch.empty_like(parameter)
-                        if key != "step"
-                        else torch.empty((), device=parameter.device)
-                    )
+                    blank = torch.empty_like(parameter) if key != "step" else torch.empty((), device=parameter.device)
                     self.optimizer.state[parameter][key] = blank.copy_(value).detach()
         columns = {k.removeprefix("curve/"): v.tolist() for k, v in held.items() if k.startswith("curve/")}
         if columns:
             self.curve = [
-                _row(dict(zip(columns, values, strict=True)))
-                for values in zip(*columns.values(), strict=True)
+                _row(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
             ]
         self.step = int(held["step"])
 
