@@ -3,7 +3,7 @@
     python benchmarks/retrieval.py [--images 5000] [--captions 5] [--dim 512] [--repeat 3]
 
 Random unit vectors with a common part per image. Each side runs in a process of its own, so that its peak
-memory above the inputs can be read. CLIP_benchmark's own functions are called when ``clip_benchmark`` is installed;
+memory above the inputs can be read. CLIP_benchmark's own functions are called where it is installed;
 otherwise its method (the whole score matrix, top k, a one-hot tensor per k) is written out below.
 """
 

@@ -190,9 +190,7 @@ def test_a_broken_java_is_absent_too(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_bleu_worked_by_hand() -> None:
     # Unigrams the, cat, the, cat: at most one "the" and two "cat" match; length 5 is closest.
-    found = score_captions(
-        {"x": ["The cat, a cat here.", "A cat!"]}, {"x": "the cat the cat"}, metrics=("bleu",)
-    )
+    found = score_captions({"x": ["The cat, a cat here.", "A cat!"]}, {"x": "the cat the cat"}, metrics=("bleu",))
     np.testing.assert_array_equal(found.bleu_counts, [[4, 5, 3, 4, 1, 3, 0, 2, 0, 1]])
     penalty = math.exp(1 - 5 / 4)
     assert found.corpus["bleu_1"] == pytest.approx(3 / 4 * penalty)
@@ -202,9 +200,7 @@ def test_bleu_worked_by_hand() -> None:
 
 def test_rouge_l_worked_by_hand() -> None:
     # Longest common subsequences: "a dog ran" (3 of 4, 3 of 5) and "a ran" (2 of 4, 2 of 2).
-    found = score_captions(
-        {"x": ["a big dog quickly ran", "a ran"]}, {"x": "a dog has ran"}, metrics=("rouge_l",)
-    )
+    found = score_captions({"x": ["a big dog quickly ran", "a ran"]}, {"x": "a dog has ran"}, metrics=("rouge_l",))
     precision, recall = 3 / 4, 1.0
     expected = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
     assert found.corpus["rouge_l"] == pytest.approx(expected)
@@ -254,16 +250,14 @@ def test_corpus_bleu_can_be_resampled() -> None:
     assert interval.low < interval.value < interval.high
 
 
-words = st.lists(
-    st.sampled_from(["a", "the", "dog", "cat", "runs", "sits", "red", "on", "mat"]), max_size=8
-).map(" ".join)
+words = st.lists(st.sampled_from(["a", "the", "dog", "cat", "runs", "sits", "red", "on", "mat"]), max_size=8).map(
+    " ".join
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.dictionaries(
-        st.sampled_from("abcdef"), st.tuples(words, st.lists(words, min_size=1, max_size=3)), min_size=1
-    )
+    st.dictionaries(st.sampled_from("abcdef"), st.tuples(words, st.lists(words, min_size=1, max_size=3)), min_size=1)
 )
 def test_scores_are_in_range_and_ignore_order(images: dict[str, tuple[str, list[str]]]) -> None:
     references = {image: list(texts) for image, (_, texts) in images.items()}
@@ -278,9 +272,7 @@ def test_scores_are_in_range_and_ignore_order(images: dict[str, tuple[str, list[
     turned = {image: texts[::-1] for image, texts in reversed(references.items())}
     again = score_captions(turned, hypotheses, metrics=metrics)
     assert again.corpus == pytest.approx(found.corpus)
-    copied = score_captions(
-        references, {image: texts[0] for image, texts in references.items()}, metrics=metrics
-    )
+    copied = score_captions(references, {image: texts[0] for image, texts in references.items()}, metrics=metrics)
     assert copied.corpus["rouge_l"] == pytest.approx(1)
     assert copied.corpus["cider"] >= found.corpus["cider"] - 10
 
@@ -288,9 +280,7 @@ def test_scores_are_in_range_and_ignore_order(images: dict[str, tuple[str, list[
 def test_ids_that_do_not_fit_are_named() -> None:
     references = {str(i): ["a cat"] for i in range(9)}
     hypotheses = dict.fromkeys(references, "a cat")
-    with pytest.raises(
-        InputError, match=r"7 images have references but no caption: '2', '3', '4', '5', '6', \.\.\."
-    ):
+    with pytest.raises(InputError, match=r"7 images have references but no caption: '2', '3', '4', '5', '6', \.\.\."):
         score_captions(references, {"0": "a cat", "1": "a cat"})
     with pytest.raises(InputError, match="1 images have a caption but no references: 'x'"):
         score_captions(references, hypotheses | {"x": "a cat"})

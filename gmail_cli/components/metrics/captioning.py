@@ -219,9 +219,7 @@ def _cider(captions: Sequence[NGrams], truths: Sequence[Sequence[NGrams]]) -> Fl
     return scores
 
 
-def _meteor(
-    captions: Sequence[str], truths: Sequence[Sequence[str]]
-) -> tuple[float, Float[np.ndarray, " images"]]:
+def _meteor(captions: Sequence[str], truths: Sequence[Sequence[str]]) -> tuple[float, Float[np.ndarray, " images"]]:
     """METEOR 1.5 (Denkowski and Lavie 2014), from the Java program's line protocol.
 
     Raises:
@@ -231,9 +229,7 @@ def _meteor(
     if java is None:
         raise SetupError("METEOR needs Java, and no 'java' is on the PATH", hint="Install a Java runtime.")
     if package is None or not package.submodule_search_locations:
-        raise SetupError(
-            "METEOR needs the program that pycocoevalcap carries", hint="Run: pip install pycocoevalcap"
-        )
+        raise SetupError("METEOR needs the program that pycocoevalcap carries", hint="Run: pip install pycocoevalcap")
     program = Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
     command = [
         java,
@@ -290,9 +286,7 @@ def _write(stream: IO[str], lines: Sequence[str], *, close: bool = False) -> Non
             stream.close()
 
 
-def _check(
-    references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], metrics: Sequence[str]
-) -> None:
+def _check(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], metrics: Sequence[str]) -> None:
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UsageError(f"unknown caption metric {unknown[0]!r}", hint=f"Choose from {', '.join(METRICS)}.")
@@ -305,9 +299,7 @@ def _check(
         (extra, "have a caption but no references"),
     ):
         if ids:
-            raise InputError(
-                f"{len(ids)} images {what}: {_some(ids)}", hint="Score exactly one set of images."
-            )
+            raise InputError(f"{len(ids)} images {what}: {_some(ids)}", hint="Score exactly one set of images.")
     empty = [image for image, texts in references.items() if isinstance(texts, str) or not texts]
     if empty:
         raise InputError(

@@ -119,9 +119,7 @@ def neighbour_scores(
     _check_dims(vectors, references)
     labels = _check_labels(labels, len(references), classes)
     if (groups is None) != (reference_groups is None):
-        raise UsageError(
-            "neighbours were given groups on one side only", hint="Give both groups and reference_groups."
-        )
+        raise UsageError("neighbours were given groups on one side only", hint="Give both groups and reference_groups.")
     if not 1 <= k <= len(references):
         raise InputError(
             f"k = {k} neighbours of {len(references)} references", hint="Use a k within 1 and their number."
@@ -138,9 +136,7 @@ def neighbour_scores(
             scores[groups[rows, None] == reference_groups] = -np.inf
         last = np.partition(scores, len(references) - k, axis=1)[:, [len(references) - k]]
         if np.isneginf(last).any():
-            raise InputError(
-                f"a sample has fewer than {k} references outside its own group", hint="Use a smaller k."
-            )
+            raise InputError(f"a sample has fewer than {k} references outside its own group", hint="Use a smaller k.")
         above, at = scores > last, scores == last
         share = (k - above.sum(axis=1, keepdims=True)) / at.sum(axis=1, keepdims=True)
         votes[rows] = (above + at * share).astype(np.float32) @ one_hot
@@ -158,9 +154,7 @@ def zero_shot(
     return classify(_products(vectors, class_vectors), labels=labels)
 
 
-def classify(
-    scores: Float[np.ndarray, "samples classes"], *, labels: Int[np.ndarray, " samples"]
-) -> Classification:
+def classify(scores: Float[np.ndarray, "samples classes"], *, labels: Int[np.ndarray, " samples"]) -> Classification:
     """Compare scores with the true classes.
 
     Raises:
@@ -198,9 +192,7 @@ def _class_sums(
     labels = _check_labels(labels, len(vectors), classes)
     sizes = np.bincount(labels, minlength=classes)
     if not sizes.all():
-        raise InputError(
-            f"class {int(np.argmin(sizes))} of {classes} has no {what}", hint=f"Give each class a {what}."
-        )
+        raise InputError(f"class {int(np.argmin(sizes))} of {classes} has no {what}", hint=f"Give each class a {what}.")
     sums = np.zeros((classes, vectors.shape[1]))
     np.add.at(sums, labels, vectors)
     return sums

@@ -54,9 +54,7 @@ def paired_cosine(
     return (_unit(real) * _unit(generated)).sum(axis=1)
 
 
-def unpaired_cosine(
-    real: Float[np.ndarray, "pairs dim"], *, generated: Float[np.ndarray, "pairs dim"]
-) -> float:
+def unpaired_cosine(real: Float[np.ndarray, "pairs dim"], *, generated: Float[np.ndarray, "pairs dim"]) -> float:
     """Mean cosine over all pairs of *different* captions: what paired cosine must exceed to mean anything."""
     _check(real, generated, paired=True)
     if len(real) < 2:
@@ -69,9 +67,7 @@ def unpaired_cosine(
 def centroid_distance(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> float:
     """Euclidean distance between the two means."""
     _check(real, generated)
-    return float(
-        np.linalg.norm(real.mean(axis=0, dtype=np.float64) - generated.mean(axis=0, dtype=np.float64))
-    )
+    return float(np.linalg.norm(real.mean(axis=0, dtype=np.float64) - generated.mean(axis=0, dtype=np.float64)))
 
 
 def centroid_cosine(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> float:
@@ -82,9 +78,7 @@ def centroid_cosine(real: Float[np.ndarray, "r dim"], *, generated: Float[np.nda
     return float(a @ b)
 
 
-def frechet_distance(
-    real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]
-) -> FrechetDistance:
+def frechet_distance(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> FrechetDistance:
     """Frechet distance of the Gaussians fitted to both sets, in fp64.
 
     ``|m_r - m_g|^2 + tr(C_r) + tr(C_g) - 2 tr((C_r^1/2 C_g C_r^1/2)^1/2)``. Compare only values of equal
@@ -103,14 +97,10 @@ def frechet_distance(
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
     distance = float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-    return FrechetDistance(
-        distance=max(distance, 0.0), real_samples=len(real), generated_samples=len(generated)
-    )
+    return FrechetDistance(distance=max(distance, 0.0), real_samples=len(real), generated_samples=len(generated))
 
 
-def maximum_mean_discrepancy(
-    real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]
-) -> float:
+def maximum_mean_discrepancy(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> float:
     """Unbiased squared MMD with a Gaussian kernel whose width is the median distance (Gretton et al. 2012).
 
     About 0, and possibly a little below, when both sets have one distribution. The median is taken over at
@@ -159,9 +149,7 @@ def linear_separability(
     groups = _groups(real, generated, real_groups, generated_groups)
     names, group = np.unique(groups, return_inverse=True)
     if len(names) < folds or folds < 2:
-        raise InputError(
-            f"{len(names)} groups cannot fill {folds} folds", hint="Give more images, or 2 folds or more."
-        )
+        raise InputError(f"{len(names)} groups cannot fill {folds} folds", hint="Give more images, or 2 folds or more.")
     fold = (np.random.default_rng(seed).permutation(len(names)) % folds)[group.reshape(-1)]
     x = np.concatenate([real, generated]).astype(np.float64)
     y = np.repeat([1.0, -1.0], [len(real), len(generated)])
@@ -191,9 +179,7 @@ def neighbour_separability(
     groups = _groups(real, generated, real_groups, generated_groups)
     x = np.concatenate([_unit(real), _unit(generated)]).astype(np.float32)
     labels = np.repeat([0, 1], [len(real), len(generated)])
-    votes = neighbour_scores(
-        x, references=x, labels=labels, classes=2, k=k, groups=groups, reference_groups=groups
-    )
+    votes = neighbour_scores(x, references=x, labels=labels, classes=2, k=k, groups=groups, reference_groups=groups)
     return classify(votes, labels=labels).mean_per_class()
 
 
@@ -303,9 +289,7 @@ def _affinities(x: Float[np.ndarray, "n dim"], *, perplexity: float) -> Float[np
     return np.maximum((p + p.T) / (2 * n), 1e-12)
 
 
-def _squared_distances(
-    x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "m dim"]
-) -> Float[np.ndarray, "n m"]:
+def _squared_distances(x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "m dim"]) -> Float[np.ndarray, "n m"]:
     squares = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)
     squares -= 2 * (x @ y.T)
     return np.maximum(squares, 0, out=squares)
@@ -350,12 +334,7 @@ def _groups(
 
 def _check(real: np.ndarray, generated: np.ndarray, *, paired: bool = False) -> None:
     for name, vectors in (("real", real), ("generated", generated)):
-        if (
-            vectors.ndim != 2
-            or not vectors.size
-            or vectors.dtype.kind != "f"
-            or not np.isfinite(vectors).all()
-        ):
+        if vectors.ndim != 2 or not vectors.size or vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
             raise InputError(
                 f"{name} embeddings of shape {vectors.shape} and type {vectors.dtype} are empty or not "
                 "finite floats [rows, dimensions]",

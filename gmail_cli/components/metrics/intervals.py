@@ -67,9 +67,7 @@ def bootstrap_mean(
         UsageError: For a level outside (0, 1) or fewer than 100 draws.
     """
     columns = np.stack([_checked(values), np.ones(len(values))], axis=1)
-    return bootstrap_sums(
-        columns, statistic=_mean_of_sums, groups=groups, draws=draws, level=level, seed=seed
-    )
+    return bootstrap_sums(columns, statistic=_mean_of_sums, groups=groups, draws=draws, level=level, seed=seed)
 
 
 def bootstrap_sums(
@@ -129,9 +127,7 @@ def paired_difference(
     rounding = 1e-12 * max(1.0, abs(observed))
     extreme = int((np.abs(drawn - observed) >= abs(observed) - rounding).sum())
     return PairedDifference(
-        difference=Interval(
-            value=observed, low=float(low), high=float(high), level=level, clusters=len(totals)
-        ),
+        difference=Interval(value=observed, low=float(low), high=float(high), level=level, clusters=len(totals)),
         p_value=(extreme + 1) / (draws + 1),
     )
 
@@ -150,9 +146,7 @@ def seed_summary(values: Sequence[float], *, level: float = 0.95) -> SeedSummary
         return SeedSummary(mean=mean, standard_deviation=None, low=None, high=None, seeds=1)
     deviation = float(array.std(ddof=1))
     half = float(stats.t.ppf((1 + level) / 2, count - 1)) * deviation / count**0.5
-    return SeedSummary(
-        mean=mean, standard_deviation=deviation, low=mean - half, high=mean + half, seeds=count
-    )
+    return SeedSummary(mean=mean, standard_deviation=deviation, low=mean - half, high=mean + half, seeds=count)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -115,9 +115,7 @@ _TOKEN = re.compile(
     )
 )
 # Where a token depends on what stands beyond the next space, the line is scanned whole.
-_ACROSS_SPACES = re.compile(
-    rf"<|\d\s\d|\(\d{{3}}\)\s|\b[A-Za-z]\.\s|(?i:\b(?:{_NUMBER_ABBREVIATIONS})\.\s+\d)"
-)
+_ACROSS_SPACES = re.compile(rf"<|\d\s\d|\(\d{{3}}\)\s|\b[A-Za-z]\.\s|(?i:\b(?:{_NUMBER_ABBREVIATIONS})\.\s+\d)")
 
 
 def tokenise(caption: str) -> str:

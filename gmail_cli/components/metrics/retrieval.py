@@ -191,12 +191,8 @@ def retrieval_ranks(
     pair_text, pair_image = np.arange(len(texts)), owners
     if extra_positives is not None:
         extra = np.asarray(extra_positives)
-        extra_text = _check_rows(
-            "extra_positives texts", extra[..., 0], shape=(len(extra),), limit=len(texts)
-        )
-        extra_image = _check_rows(
-            "extra_positives images", extra[..., 1], shape=(len(extra),), limit=len(images)
-        )
+        extra_text = _check_rows("extra_positives texts", extra[..., 0], shape=(len(extra),), limit=len(texts))
+        extra_image = _check_rows("extra_positives images", extra[..., 1], shape=(len(extra),), limit=len(images))
         both = np.concatenate([pair_text * len(images) + pair_image, extra_text * len(images) + extra_image])
         pair_text, pair_image = np.divmod(np.unique(both), len(images))
 
@@ -207,9 +203,7 @@ def retrieval_ranks(
     scores = tiles.pair_scores(text_set.slot[pair_text], image_set.slot[pair_image])
 
     by_text = _Counter(pair_text, scores, queries=text_set, candidates=image_set, all_positives=all_positives)
-    by_image = _Counter(
-        pair_image, scores, queries=image_set, candidates=text_set, all_positives=all_positives
-    )
+    by_image = _Counter(pair_image, scores, queries=image_set, candidates=text_set, all_positives=all_positives)
     with ThreadPoolExecutor(max_workers=1) as helper:  # NumPy compares without holding the interpreter
         for done, (rows, columns, block) in enumerate(tiles, start=1):
             other = helper.submit(by_image.count, block.T, queries_at=columns, candidates_at=rows)
@@ -227,9 +221,7 @@ def retrieval_ranks(
     )
 
 
-def retrieval_metrics(
-    ranks: RetrievalRanks, *, ks: Sequence[int] = KS, true_recall: bool = False
-) -> dict[str, float]:
+def retrieval_metrics(ranks: RetrievalRanks, *, ks: Sequence[int] = KS, true_recall: bool = False) -> dict[str, float]:
     """Recalls as fractions, median and mean rank of the best positive, mean reciprocal rank, both directions.
 
     Names are ``text_to_image_recall_at_1``, ``image_to_text_median_rank``, ``..._mean_rank``,
@@ -308,9 +300,7 @@ class _Tiles:
         start = tile * self._side
         rows = self._image_rows[start : start + self._side]
         consecutive = rows[-1] - rows[0] == len(rows) - 1  # rows of images only ever ascend
-        self._image_block[: len(rows)] = (
-            self._images[rows[0] : rows[-1] + 1] if consecutive else self._images[rows]
-        )
+        self._image_block[: len(rows)] = self._images[rows[0] : rows[-1] + 1] if consecutive else self._images[rows]
         scores = np.matmul(self._text_block, self._image_block.T, out=self._scores)
         scores[text_slots.stop - text_slots.start :] = -np.inf
         scores[:, len(rows) :] = -np.inf
@@ -356,9 +346,7 @@ class _Counter:
         self._repeated = np.flatnonzero(candidates.copies > 1)
         self._repeats = candidates.copies[self._repeated] - 1
 
-    def count(
-        self, block: Float[np.ndarray, "side side"], *, queries_at: slice, candidates_at: slice
-    ) -> None:
+    def count(self, block: Float[np.ndarray, "side side"], *, queries_at: slice, candidates_at: slice) -> None:
         """Add a tile whose rows are query slots (and padding), whose columns are candidate slots."""
         low, high = np.searchsorted(self._repeated, (candidates_at.start, candidates_at.stop))
         repeated, repeats = self._repeated[low:high] - candidates_at.start, self._repeats[low:high]

@@ -1,0 +1,737 @@
+"""The on-disk layout: content-addressed stage folders, written once, atomically, and resumable until then.
+
+    runs/<run>/<stage>/<digest12>/            complete and immutable: manifest.json + payload
+    runs/<run>/<stage>/<digest12>.partial/    in progress or interrupted: payload so far, files.jsonl, scratch/
+    runs/<run>/<stage>/latest -> <digest12>   swapped atomically
+
+A stage names what it is about to make with a :class:`StageKey`; the key's digest is the folder's name, so the same
+settings over the same inputs are found again instead of being made again. While a stage works it holds a lock; a
+second process that wants the same folder waits and then reuses it. Every file goes to a temporary name, is flushed to
+disk, renamed, and entered in a journal; the manifest lists the journal, never a folder scan. This is the only module
+that writes results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from gmail_cli.errors import InputError, SetupError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+MANIFEST = "manifest.json"
+MANIFEST_SCHEMA = "gmail.manifest/1"
+STAGES = ("generate", "align", "train", "embed", "index", "eval")
+_JOURNAL = "files.jsonl"
+_PROGRESS = "progress.json"
+_SCRATCH = "scratch"
+_OWN_FILES = (MANIFEST, _JOURNAL, _PROGRESS)
+_PACKAGES = (
+    *("gmail-cli", "torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "peft", "faiss-gpu"),
+    *("faiss-cpu", "numpy", "scipy", "safetensors", "pyarrow", "pillow", "pycocotools"),
+)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is the same for equal values: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (64 hex digits) of :func:`canonical_json`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (64 hex digits) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(stream)
+
+
+def _sha256(stream: Any) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: stream.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_digest(folder: Path, *, suffixes: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names and bytes of a folder's files; identifies local model weights.
+
+    Args:
+        folder: A model folder.
+        suffixes: Count only files with these endings; all files when empty.
+
+    Raises:
+        InputError: The folder does not exist or holds no such file.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint="Give the folder that holds the model's files.")
+    return _folder_digest(str(folder.resolve()), suffixes, _folder_stamp(folder))
+
+
+def _folder_stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+
+@functools.lru_cache(maxsize=64)
+def _folder_digest(folder: str, suffixes: tuple[str, ...], stamp: tuple[tuple[str, int, int], ...]) -> str:
+    names = [name for name, _, _ in stamp if not suffixes or name.endswith(suffixes)]
+    if not names:
+        raise InputError(f"{folder} holds no model files", hint="Give the folder that holds the model's files.")
+    return digest_of({name: file_sha256(Path(folder, name)) for name in names})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageKey:
+    """All that determines what a stage makes.
+
+    Attributes:
+        stage: One of ``STAGES``.
+        version: The stage's own version; raised when the same settings would give other bytes.
+        settings: The validated profile section (and other settings the stage reads), JSON-able.
+        inputs: Name -> digest of each artifact or dataset read.
+        models: Name -> digest or revision of each model used.
+        seed: The run's seed.
+    """
+
+    stage: str
+    version: int
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    models: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the key (64 hex digits); its first 12 name the folder."""
+        return digest_of(dataclasses.asdict(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """The key as it stands in the manifest."""
+        return json.loads(canonical_json(dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A complete stage folder."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Read a complete artifact's manifest.
+
+        Raises:
+            InputError: Not an artifact, unfinished, or its manifest cannot be read.
+        """
+        path = Path(path)
+        file = path / MANIFEST
+        if not file.is_file():
+            if path.name.endswith(".partial") or (path / _JOURNAL).exists():
+                hint = "Run the command that made it again: it resumes where it stopped."
+                raise InputError(f"{path} is unfinished", hint=hint)
+            hint = "Give a stage folder such as runs/tiny/align/latest."
+            raise InputError(f"{path} is not an artifact: it has no {MANIFEST}", hint=hint)
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read: {error}", hint="Delete the folder and run again.") from error
+        if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
+            raise InputError(f"{file} is not a {MANIFEST_SCHEMA} manifest", hint="Delete the folder and run again.")
+        return cls(path.resolve(), manifest)
+
+    @property
+    def stage(self) -> str:
+        """The stage that made it."""
+        return str(self.manifest["key"]["stage"])
+
+    @property
+    def digest(self) -> str:
+        """The key's digest (64 hex digits)."""
+        return str(self.manifest["digest"])
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over the payload's names and hashes: equal for equal bytes, whenever and however made."""
+        return str(self.manifest["content"])
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What the stage said of its result."""
+        return self.manifest["summary"]
+
+    @property
+    def files(self) -> Mapping[str, Mapping[str, Any]]:
+        """Name -> {sha256, size} of each payload file."""
+        return self.manifest["files"]
+
+    def file(self, name: str) -> Path:
+        """The path of a payload file.
+
+        Raises:
+            InputError: The manifest does not list it, or it is gone.
+        """
+        if name not in self.files:
+            hint = f"It holds: {', '.join(sorted(self.files)[:8])}."
+            raise InputError(f"{self.path} has no file {name!r}", hint=hint)
+        path = self.path / name
+        if not path.is_file():
+            hint = "Run `gmail artifacts verify` on it, delete it and run its stage again."
+            raise InputError(f"{path} is missing although the manifest lists it", hint=hint)
+        return path
+
+    def folder(self, name: str) -> Path:
+        """The path of a payload folder (a model's, say).
+
+        Raises:
+            InputError: The manifest lists nothing under it.
+        """
+        if not any(file.startswith(name + "/") for file in self.files):
+            raise InputError(f"{self.path} has no folder {name!r}")
+        return self.path / name
+
+    def read_json(self, name: str) -> Any:
+        """A JSON payload file's content."""
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        """A JSON Lines payload file's rows."""
+        with self.file(name).open(encoding="utf-8") as stream:
+            return [json.loads(line) for line in stream if line.strip()]
+
+    def verify(self) -> list[str]:
+        """What is wrong with the folder, a sentence each; empty when every byte is as written."""
+        problems = []
+        for name, entry in sorted(self.files.items()):
+            path = self.path / name
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != entry["size"]:
+                problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
+            elif file_sha256(path) != entry["sha256"]:
+                problems.append(f"{name} has other bytes than the manifest says")
+        known = {*self.files, MANIFEST}
+        problems += [f"{name} is not in the manifest" for name in sorted(_scan(self.path)) if name not in known]
+        if content_digest(self.files) != self.content:
+            problems.append(f"{MANIFEST} lists other hashes than its content digest says")
+        if digest_of(self.manifest["key"]) != self.digest:
+            problems.append(f"{MANIFEST} has another key than its digest says")
+        return problems
+
+
+def content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 over the names and hashes of payload files."""
+    return digest_of({name: entry["sha256"] for name, entry in files.items()})
+
+
+def _scan(folder: Path) -> Iterator[str]:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+class Checkpoints:
+    """One checkpoint file of named tensors in a slot's scratch folder: whole or absent, never torn."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        """The last saved tensors, or None when there are none (or the disk damaged them)."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        if not self._path.exists():
+            return None
+        try:
+            return load(self._path.read_bytes())
+        except SafetensorError:
+            return None
+
+    def save(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace the checkpoint."""
+        from safetensors.torch import save
+
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        _write_atomic(self._path, lambda path: path.write_bytes(content))
+
+    def remove(self) -> None:
+        """Forget the checkpoint."""
+        self._path.unlink(missing_ok=True)
+
+
+class Slot:
+    """The folder a stage is making (``done`` False) or finds complete (``done`` True)."""
+
+    def __init__(self, workspace: Workspace, key: StageKey, *, on_wait: Callable[[str], None] | None) -> None:
+        self.key = key
+        self._home = workspace.folder(key.stage)
+        self._final = self._home / key.digest[:12]
+        self._partial = self._home / f"{key.digest[:12]}.partial"
+        self._lock = _Lock(workspace.root / workspace.run / ".locks" / f"{key.stage}-{key.digest[:12]}", on_wait)
+        self._files: dict[str, dict[str, Any]] = {}
+        self._started = 0.0
+        self._elapsed = 0.0
+        self._artifact: Artifact | None = None
+
+    def __enter__(self) -> Slot:
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            hint = "Choose a folder you can write with --workspace."
+            raise SetupError(f"cannot write under {self._home}: {error.strerror}", hint=hint) from error
+        try:
+            if self._final.is_dir():
+                self._artifact = Artifact.load(self._final)
+                _point_latest(self._home, self._final.name)
+                return self
+            (self._partial / _SCRATCH).mkdir(parents=True, exist_ok=True)
+            self._files = self._read_journal()
+            self._elapsed = float(_read_json(self._partial / _PROGRESS).get("seconds", 0.0))
+            _write_text(self._partial / "key.json", canonical_json(self.key.to_json()))
+            self._started = time.monotonic()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.done and self._partial.is_dir():
+            with contextlib.suppress(OSError):
+                self._save_progress()
+        self._lock.release()
+
+    @property
+    def done(self) -> bool:
+        """Whether the artifact is complete."""
+        return self._artifact is not None
+
+    @property
+    def artifact(self) -> Artifact:
+        """The complete artifact."""
+        assert self._artifact is not None, "the slot is not complete"
+        return self._artifact
+
+    # -- reading what is there so far ------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        """Whether a whole file of that name is there, from this process or an interrupted one."""
+        entry = self._files.get(name)
+        path = self._partial / name
+        return entry is not None and path.is_file() and path.stat().st_size == entry.get("size")
+
+    def has_folder(self, name: str) -> bool:
+        """Whether :meth:`write_folder` finished for that name."""
+        return (self._partial / _SCRATCH / f"{_safe(name)}.complete").exists()
+
+    def path(self, name: str) -> Path:
+        """Where a payload file is (or will be) while the stage works."""
+        return self._partial / _relative(name)
+
+    def scratch(self, name: str) -> Path:
+        """A path for working files (caches, checkpoints): kept over restarts, gone at commit, in no manifest."""
+        path = self._partial / _SCRATCH / _relative(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        """The checkpoint file of one training run inside the stage."""
+        return Checkpoints(self.scratch(f"{name}.safetensors"))
+
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        """Rows of a file written with :meth:`append_jsonl`; a torn last line is cut off the file first."""
+        path = self.path(name)
+        return _read_journal_rows(path) if path.exists() else []
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def write_with(self, name: str, writer: Callable[[Path], object]) -> Path:
+        """Write a payload file through ``writer(temporary path)``; whole or absent."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_atomic(path, writer)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                hint = "Free some space and run the same command again: finished files are kept."
+                raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
+            raise
+        self._enter(name)
+        return path
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write bytes."""
+        return self.write_with(name, lambda path: path.write_bytes(content))
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write UTF-8 text with Unix line ends."""
+        return self.write_bytes(name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write indented JSON with sorted keys."""
+        return self.write_text(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+    def write_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write JSON Lines, one canonical object a line."""
+        return self.write_text(name, "".join(canonical_json(row) + "\n" for row in rows))
+
+    def write_npy(self, name: str, array: np.ndarray[Any, Any]) -> Path:
+        """Write a ``.npy`` file without pickle."""
+        import numpy as np
+
+        def writer(path: Path) -> None:
+            with path.open("wb") as stream:
+                np.save(stream, array, allow_pickle=False)
+
+        return self.write_with(name, writer)
+
+    def write_safetensors(
+        self, name: str, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
+    ) -> Path:
+        """Write named tensors."""
+        from safetensors.torch import save
+
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        return self.write_bytes(name, save(whole, metadata=dict(metadata) if metadata else None))
+
+    def write_parquet(self, name: str, table: pa.Table) -> Path:
+        """Write a Parquet table."""
+        import pyarrow.parquet as pq
+
+        return self.write_with(name, lambda path: pq.write_table(table, path))
+
+    def write_folder(self, name: str, writer: Callable[[Path], object]) -> Path:
+        """Write a folder through ``writer(empty temporary folder)`` (``save_pretrained`` and its like)."""
+        target = self.path(name)
+        temporary = self.scratch(f"{_safe(name)}.folder")
+        marker = self.scratch(f"{_safe(name)}.complete")
+        for stale in (temporary, target):
+            if stale.exists():
+                shutil.rmtree(stale)
+        marker.unlink(missing_ok=True)
+        temporary.mkdir(parents=True)
+        writer(temporary)
+        for file in _scan(temporary):
+            _fsync(temporary / file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.rename(target)
+        for file in sorted(_scan(target)):
+            self._enter(f"{name}/{file}")
+        marker.touch()
+        return target
+
+    def append_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to a JSON Lines file and flush them to disk; entered in the manifest at commit."""
+        path = self.path(name)
+        if name not in self._files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._files[name] = {"open": True}
+            self._journal({"name": name, "open": True})
+        with path.open("ab") as stream:
+            stream.write("".join(canonical_json(row) + "\n" for row in rows).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def keep_rows(self, name: str, count: int) -> None:
+        """Cut an appended JSON Lines file to its first ``count`` rows (those before a restored checkpoint)."""
+        rows = self.read_jsonl(name)
+        if len(rows) > count:
+            _write_text(self.path(name), "".join(canonical_json(row) + "\n" for row in rows[:count]))
+
+    def remove(self, name: str) -> None:
+        """Drop a payload file."""
+        self._files.pop(name, None)
+        self.path(name).unlink(missing_ok=True)
+        self._journal({"name": name, "removed": True})
+
+    def commit(self, *, summary: Mapping[str, Any], device: str = "cpu") -> Artifact:
+        """Write the manifest, rename the folder, point ``latest`` at it.
+
+        Args:
+            summary: What a person or the next stage wants to know of the result; JSON-able.
+            device: Where it was computed, such as ``cpu`` or ``cuda: NVIDIA H200``.
+        """
+        for name, entry in list(self._files.items()):
+            if entry.get("open"):
+                self._enter(name)
+        files = {name: self._files[name] for name in sorted(self._files)}
+        for name in files:
+            if not self.has(name):
+                hint = "Something else changed the folder: delete it and run again."
+                raise InputError(f"{self.path(name)} was written and is gone or changed", hint=hint)
+        known = {*files, *_OWN_FILES}
+        shutil.rmtree(self._partial / _SCRATCH, ignore_errors=True)
+        for name in list(_scan(self._partial)):
+            if name not in known:
+                (self._partial / name).unlink()
+        manifest = {
+            "schema": MANIFEST_SCHEMA,
+            "digest": self.key.digest,
+            "key": self.key.to_json(),
+            "content": content_digest(files),
+            "files": files,
+            "summary": dict(summary),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(self._seconds(), 3),
+            "device": device,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+            "versions": package_versions(),
+        }
+        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        _write_text(self._partial / MANIFEST, text)
+        for name in (_JOURNAL, _PROGRESS):
+            (self._partial / name).unlink(missing_ok=True)
+        _remove_empty_folders(self._partial)
+        self._partial.rename(self._final)
+        _fsync(self._home)
+        _point_latest(self._home, self._final.name)
+        self._artifact = Artifact.load(self._final)
+        return self._artifact
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _enter(self, name: str) -> None:
+        path = self._partial / name
+        entry = {"sha256": file_sha256(path), "size": path.stat().st_size}
+        self._files[name] = entry
+        self._journal({"name": name, **entry})
+
+    def _journal(self, row: Mapping[str, Any]) -> None:
+        with (self._partial / _JOURNAL).open("ab") as stream:
+            stream.write(canonical_json(row).encode() + b"\n")
+
+    def _read_journal(self) -> dict[str, dict[str, Any]]:
+        files: dict[str, dict[str, Any]] = {}
+        for row in _read_journal_rows(self._partial / _JOURNAL):
+            name = row.pop("name")
+            if row.get("removed"):
+                files.pop(name, None)
+            else:
+                files[name] = row
+        return files
+
+    def _seconds(self) -> float:
+        return self._elapsed + time.monotonic() - self._started
+
+    def _save_progress(self) -> None:
+        _write_text(self._partial / _PROGRESS, json.dumps({"seconds": self._seconds(), "files": len(self._files)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """The folder all results live under.
+
+    Attributes:
+        root: ``runs`` by default.
+        run: Name of the run: a folder below ``root``.
+        on_wait: Called with a sentence when another process holds the wanted folder.
+    """
+
+    root: Path = Path("runs")
+    run: str = "default"
+    on_wait: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.run or self.run in {".", ".."} or "/" in self.run or "\\" in self.run or self.run.startswith("."):
+            raise UsageError(f"run name {self.run!r} is not a plain folder name", hint="Use letters, digits, - and _.")
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage's artifacts lie."""
+        return self.root / self.run / stage
+
+    def open(self, key: StageKey) -> Slot:
+        """The slot for a key, to be used as a context manager (it holds the lock)."""
+        return Slot(self, key, on_wait=self.on_wait)
+
+    def find(self, key: StageKey) -> Artifact | None:
+        """The complete artifact of a key, if there is one."""
+        path = self.folder(key.stage) / key.digest[:12]
+        return Artifact.load(path) if (path / MANIFEST).is_file() else None
+
+    def is_partial(self, key: StageKey) -> bool:
+        """Whether an interrupted attempt at the key is there to resume."""
+        return (self.folder(key.stage) / f"{key.digest[:12]}.partial").is_dir()
+
+    def latest(self, stage: str) -> Artifact | None:
+        """The artifact a stage completed or reused last."""
+        path = self.folder(stage) / "latest"
+        return Artifact.load(path) if (path / MANIFEST).is_file() else None
+
+    def artifacts(self) -> list[Artifact]:
+        """Every complete artifact of the run, by stage and time."""
+        found = [
+            Artifact.load(path)
+            for stage in STAGES
+            for path in sorted(self.folder(stage).glob("*"))
+            if path.name != "latest" and not path.name.endswith(".partial") and (path / MANIFEST).is_file()
+        ]
+        return sorted(found, key=lambda each: (STAGES.index(each.stage), each.manifest["created"]))
+
+    def garbage(self) -> list[Path]:
+        """Folders of the run that nothing needs: unfinished ones, and complete ones that neither ``latest``
+        nor an input of something kept refers to."""
+        artifacts = {artifact.digest: artifact for artifact in self.artifacts()}
+        wanted = [latest.digest for stage in STAGES if (latest := self.latest(stage))]
+        kept: set[str] = set()
+        while wanted:
+            digest = wanted.pop()
+            if digest in artifacts and digest not in kept:
+                kept.add(digest)
+                wanted += artifacts[digest].manifest["key"]["inputs"].values()
+        partials = [path for stage in STAGES for path in sorted(self.folder(stage).glob("*.partial"))]
+        return partials + [artifact.path for digest, artifact in artifacts.items() if digest not in kept]
+
+    def collect_garbage(self) -> list[Path]:
+        """Delete :meth:`garbage`, but nothing that a living process is writing.
+
+        Returns:
+            The folders deleted.
+        """
+        removed = []
+        for path in self.garbage():
+            lock = _Lock(self.root / self.run / ".locks" / f"{path.parent.name}-{path.name[:12]}", None)
+            if lock.try_acquire():
+                try:
+                    shutil.rmtree(path)
+                    removed.append(path)
+                finally:
+                    lock.release()
+        return removed
+
+
+@functools.lru_cache(maxsize=1)
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can move a number."""
+    from importlib import metadata
+
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+class _Lock:
+    """An advisory lock on a file; the kernel frees it when its holder dies."""
+
+    def __init__(self, path: Path, on_wait: Callable[[str], None] | None) -> None:
+        self._path = path
+        self._on_wait = on_wait
+        self._descriptor: int | None = None
+
+    def try_acquire(self) -> bool:
+        import fcntl
+
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        self._descriptor = descriptor
+        return True
+
+    def acquire(self) -> None:
+        told = False
+        while not self.try_acquire():
+            if not told and self._on_wait:
+                holder = self._path.read_text(encoding="utf-8").strip() or "another process"
+                self._on_wait(f"process {holder} is making {self._path.name}; waiting for it")
+            told = True
+            time.sleep(0.2)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+
+
+def _relative(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    escapes = not name or path.is_absolute() or ".." in path.parts
+    assert not escapes, f"{name!r} leaves its folder"
+    return path
+
+
+def _safe(name: str) -> str:
+    return name.replace("/", "+")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_atomic(path: Path, writer: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        writer(temporary)
+        _fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_text(path: Path, text: str) -> None:
+    _write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_journal_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) != len(content):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def _point_latest(home: Path, name: str) -> None:
+    temporary = home / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(home / "latest")
+
+
+def _remove_empty_folders(folder: Path) -> None:
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -1,0 +1,639 @@
+"""The command line: thin commands over :mod:`gmail_cli.plan`; the only module that prints or chooses an exit code.
+
+Results (an artifact's path, or one JSON object with ``--json``) go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from gmail_cli import __version__
+from gmail_cli.errors import GmailError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from gmail_cli.artifacts import Artifact, Workspace
+    from gmail_cli.profile import Profile
+
+app = typer.Typer(
+    name="gmail",
+    help="Learn from generated images: align them with real ones (GMAIL), train on them, measure on photographs.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+profile_app = typer.Typer(help="List, show, check and describe profiles.", no_args_is_help=True, rich_markup_mode=None)
+artifacts_app = typer.Typer(
+    help="List, show, verify and clean up artifacts.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(profile_app, name="profile")
+app.add_typer(artifacts_app, name="artifacts")
+
+
+class OnBad(str, Enum):
+    """What a bad record does."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+ProfileOption = Annotated[
+    str | None,
+    typer.Option("--profile", "-p", metavar="NAME|PATH", help="Profile; default: $GMAIL_PROFILE, ./gmail.toml, tiny."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override a profile key; may be repeated."),
+]
+RunOption = Annotated[
+    str | None, typer.Option("--run", metavar="NAME", help="Run folder; default: the profile's name.")
+]
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", metavar="FOLDER", help="Where runs are kept.", show_default=True)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what is complete, what would run and why; run nothing.")
+]
+GeneratedOption = Annotated[
+    Path | None, typer.Option("--generated", metavar="ARTIFACT", help="Generate artifact; default: the run's latest.")
+]
+AlignedOption = Annotated[
+    Path | None, typer.Option("--aligned", metavar="ARTIFACT", help="Align artifact; default: the run's latest.")
+]
+TrainOption = Annotated[
+    Path | None, typer.Option("--train", metavar="ARTIFACT", help="Train artifact; default: the run's latest.")
+]
+CaptionsOption = Annotated[
+    str | None,
+    typer.Option("--captions", metavar="PATH", help="Captions file, folder, shards or scenes:train (data.train)."),
+]
+ImagesOption = Annotated[
+    str | None, typer.Option("--images", metavar="FOLDER", help="Folder of the images that --captions names.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, metavar="N", help="Use the first N images with all their captions.")
+]
+OnBadOption = Annotated[
+    OnBad | None, typer.Option("--on-bad", help="What a bad caption or image record does (data.on_bad).")
+]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"gmail {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    captions: CaptionsOption = None,
+    images: ImagesOption = None,
+    per_caption: Annotated[int | None, typer.Option(min=1, metavar="K", help="Images per caption.")] = None,
+    limit: LimitOption = None,
+    import_: Annotated[
+        str | None,
+        typer.Option("--import", metavar="PATH", help="Take images made elsewhere (folder, tar, Parquet) instead."),
+    ] = None,
+    on_bad: OnBadOption = None,
+    profile: ProfileOption = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Make images from captions, byte-stable per (caption, k), resumable per image."""
+    flags = {
+        "data.train": captions,
+        "data.train_images": images,
+        "generate.per_caption": per_caption,
+        "generate.limit": limit,
+        "generate.import_path": import_,
+        "data.on_bad": on_bad,
+    }
+    if import_ is not None:
+        flags["generate.source"] = "import"
+    _stage("generate", _Context(profile, set_, run, workspace, as_json, dry_run, flags))
+
+
+@app.command()
+def align(
+    generated: GeneratedOption = None,
+    captions: CaptionsOption = None,
+    images: ImagesOption = None,
+    on_bad: OnBadOption = None,
+    profile: ProfileOption = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Tune f_g, a copy of CLIP's image encoder, until f_g(generated) meets f_r(real)."""
+    flags = {"data.train": captions, "data.train_images": images, "data.on_bad": on_bad}
+    _stage("align", _Context(profile, set_, run, workspace, as_json, dry_run, flags), generated=generated)
+
+
+@app.command()
+def train(
+    generated: GeneratedOption = None,
+    aligned: AlignedOption = None,
+    captions: CaptionsOption = None,
+    images: ImagesOption = None,
+    task: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Task to train; may be repeated.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(metavar="ARM", help="Data arm; may be repeated.")] = None,
+    on_bad: OnBadOption = None,
+    profile: ProfileOption = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train captioners, text towers, probes or whole CLIPs on real or generated images, at equal steps."""
+    flags: dict[str, Any] = {"data.train": captions, "data.train_images": images, "data.on_bad": on_bad}
+    flags |= {"train.tasks": task, "train.arms": arm}
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
+    _stage("train", context, generated=generated, aligned=aligned)
+
+
+@app.command()
+def embed(
+    captions: Annotated[
+        str | None,
+        typer.Option("--captions", metavar="PATH", help="Captions and images to embed (data.test)."),
+    ] = None,
+    images: ImagesOption = None,
+    limit: LimitOption = None,
+    generated: GeneratedOption = None,
+    aligned: AlignedOption = None,
+    train_: TrainOption = None,
+    on_bad: OnBadOption = None,
+    profile: ProfileOption = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Embed real images through f_r, generated ones through f_g, and texts; ids stay with vectors."""
+    flags = {"data.test": captions, "data.test_images": images, "data.test_limit": limit, "data.on_bad": on_bad}
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
+    _stage("embed", context, generated=generated, aligned=aligned, train=train_)
+
+
+@app.command()
+def index(
+    embeddings: Annotated[
+        Path | None, typer.Option("--embeddings", metavar="ARTIFACT", help="Embed artifact; default: the run's latest.")
+    ] = None,
+    profile: ProfileOption = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Build FAISS indexes over embeddings, for `gmail search`."""
+    _stage("index", _Context(profile, set_, run, workspace, as_json, dry_run, {}), embeddings=embeddings)
+
+
+@app.command(name="eval")
+def eval_(
+    embeddings: Annotated[
+        Path | None, typer.Option("--embeddings", metavar="ARTIFACT", help="Embed artifact; default: the run's latest.")
+    ] = None,
+    train_: TrainOption = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="results.json of an earlier eval to compare with.")
+    ] = None,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC=POINTS", help="Allowed fall against the baseline, in points; may be repeated."),
+    ] = None,
+    profile: ProfileOption = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Measure on real images: retrieval, zero-shot, captions, modality gap; write an HTML report."""
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, {})
+    artifact = _stage("eval", context, embeddings=embeddings, train=train_)
+    if artifact is not None and baseline is not None:
+        from gmail_cli.stages import evaluate
+
+        evaluate.check_baseline(artifact, baseline, tolerance=_tolerances(tolerance or []))
+
+
+@app.command(name="run")
+def run_(
+    profile: Annotated[str | None, typer.Argument(metavar="PROFILE", help="Name or path of a profile.")] = None,
+    set_: SetOption = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Run every stage a profile lists, in order, reusing what is complete."""
+    from gmail_cli import plan
+
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, {})
+    loaded, space = context.load()
+    if dry_run:
+        context.print_plan(plan.steps(loaded, space, stages=loaded.stages))
+        return
+    with _Progress() as progress:
+        made = plan.execute(loaded, space, stages=loaded.stages, progress=progress.task, on_done=_announce)
+    if as_json:
+        typer.echo(json.dumps({stage: _describe(artifact) for stage, artifact in made.items()}, indent=1))
+        return
+    last = made[loaded.stages[-1]]
+    report = last.path / "report.html"
+    if report.is_file():
+        _say(f"report: {_shown(report)}")
+    typer.echo(_shown(last.path))
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Index artifact.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for, in words.")],
+    k: Annotated[int, typer.Option("--top", "-k", min=1, max=10_000, help="How many.")] = 10,
+    table: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which index of the artifact; default: the first.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with thumbnails.")] = None,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Search an index with a text query; prints the top k with scores."""
+    from gmail_cli.artifacts import Artifact
+    from gmail_cli.stages import index as stage
+
+    found = stage.search(Artifact.load(index), query, k=k, table=table)
+    if html is not None:
+        html.write_text(stage.search_page(found), encoding="utf-8")
+        _say(f"page: {html}")
+    if as_json:
+        typer.echo(json.dumps({"query": query, "hits": found.hits}, ensure_ascii=False))
+        return
+    for rank, hit in enumerate(found.hits, 1):
+        typer.echo(f"{rank}\t{hit['score']:.4f}\t{hit['id']}\t{hit.get('text') or ''}".rstrip())
+
+
+# -- profiles ------------------------------------------------------------------------------------------------
+
+
+@profile_app.command(name="list")
+def profile_list(as_json: JsonOption = False) -> None:
+    """List shipped profiles."""
+    from gmail_cli import profile as profiles
+
+    rows = [{"name": name, "summary": profiles.load(path).summary} for name, path in profiles.shipped().items()]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        typer.echo(f"{row['name']:{width}}  {row['summary']}")
+
+
+@profile_app.command(name="show")
+def profile_show(
+    profile: Annotated[str | None, typer.Argument(metavar="PROFILE")] = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the resolved profile as TOML; loading that text gives an equal profile."""
+    from gmail_cli import profile as profiles
+
+    loaded = profiles.load(profile, overrides=set_ or [])
+    typer.echo(loaded.model_dump_json() if as_json else profiles.dump(loaded), nl=as_json)
+
+
+@profile_app.command(name="check")
+def profile_check(profile: Annotated[list[str], typer.Argument(metavar="PROFILE...")]) -> None:
+    """Check profiles: keys, types, ranges."""
+    from gmail_cli import profile as profiles
+
+    for ref in profile:
+        loaded = profiles.load(ref)
+        typer.echo(f"{ref}: ok ({', '.join(loaded.stages)})")
+
+
+@profile_app.command(name="schema")
+def profile_schema() -> None:
+    """Print the JSON schema of profiles, for editors."""
+    from gmail_cli import profile as profiles
+
+    typer.echo(json.dumps(profiles.schema(), indent=1))
+
+
+# -- artifacts -----------------------------------------------------------------------------------------------
+
+
+@artifacts_app.command(name="list")
+def artifacts_list(
+    run: RunOption = None, workspace: WorkspaceOption = Path("runs"), as_json: JsonOption = False
+) -> None:
+    """List complete artifacts of one run, or of all."""
+    found = [(space.run, artifact) for space in _workspaces(workspace, run) for artifact in space.artifacts()]
+    if as_json:
+        typer.echo(json.dumps([{"run": name, **_describe(artifact)} for name, artifact in found]))
+        return
+    for name, artifact in found:
+        seconds, made = artifact.manifest["seconds"], artifact.manifest["created"]
+        typer.echo(
+            f"{name}\t{artifact.stage}\t{artifact.digest[:12]}\t{made}\t{seconds:.1f} s\t{_shown(artifact.path)}"
+        )
+
+
+@artifacts_app.command(name="show")
+def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) -> None:
+    """Print an artifact's manifest."""
+    from gmail_cli.artifacts import Artifact
+
+    typer.echo(json.dumps(Artifact.load(path).manifest, indent=1, ensure_ascii=False))
+
+
+@artifacts_app.command(name="verify")
+def artifacts_verify(
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="[ARTIFACT]...")] = None,
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+) -> None:
+    """Check every byte against the manifests (all artifacts of the run, or of all runs, when none is named)."""
+    from gmail_cli.artifacts import Artifact
+
+    found = [Artifact.load(path) for path in paths] if paths else []
+    if not paths:
+        found = [artifact for space in _workspaces(workspace, run) for artifact in space.artifacts()]
+    problems = [(artifact, problem) for artifact in found for problem in artifact.verify()]
+    for artifact, problem in problems:
+        typer.echo(f"{_shown(artifact.path)}: {problem}")
+    if problems:
+        hint = "Delete the damaged folder and run its stage again."
+        raise InputError(f"{len(problems)} problem(s) in {len({a.path for a, _ in problems})} artifact(s)", hint=hint)
+    _say(f"{len(found)} artifact(s), every byte as written")
+
+
+@artifacts_app.command(name="gc")
+def artifacts_gc(
+    run: RunOption = None,
+    workspace: WorkspaceOption = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+) -> None:
+    """Delete interrupted folders and artifacts that no stage's latest artifact needs."""
+    for space in _workspaces(workspace, run):
+        for path in space.garbage() if dry_run else space.collect_garbage():
+            typer.echo(_shown(path))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False, workspace: WorkspaceOption = Path("runs")) -> None:
+    """Say what this machine has: versions, devices, faiss build, hub cache, disk, and what each profile would need."""
+    from gmail_cli import doctor as checks
+
+    report = checks.examine(workspace)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+        return
+    for title, lines in report.items():
+        typer.echo(title)
+        for name, value in lines.items():
+            typer.echo(f"  {name:22} {value}")
+
+
+# -- shared ----------------------------------------------------------------------------------------------------
+
+
+class _Context:
+    """The options every stage shares."""
+
+    def __init__(
+        self,
+        profile: str | None,
+        overrides: list[str] | None,
+        run: str | None,
+        workspace: Path,
+        as_json: bool,
+        dry_run: bool,
+        flags: Mapping[str, Any],
+    ) -> None:
+        self.ref = profile
+        self.overrides = [f"{key}={_toml_text(value)}" for key, value in flags.items() if value is not None]
+        self.overrides += overrides or []
+        self.flags = flags
+        self.run = run
+        self.root = workspace
+        self.as_json = as_json
+        self.dry_run = dry_run
+
+    def load(self) -> tuple[Profile, Workspace]:
+        from gmail_cli import profile as profiles
+        from gmail_cli.artifacts import Workspace
+
+        path = profiles.locate(self.ref)
+        loaded = profiles.load(path, overrides=self.overrides)
+        if self.ref is None and path == profiles.shipped().get(profiles.DEFAULT_PROFILE):
+            _say(
+                "profile tiny: it draws only its own small world of scenes; for photographs use "
+                "--profile coco-sd21-vitb16"
+            )
+        if loaded.runtime.threads:
+            os.environ["OMP_NUM_THREADS"] = str(loaded.runtime.threads)
+        return loaded, Workspace(self.root, self.run or loaded.name, on_wait=_say)
+
+    def print_plan(self, steps: list[Any]) -> None:
+        if self.as_json:
+            rows = [
+                {
+                    "stage": step.stage,
+                    "state": step.state,
+                    "digest": step.key.digest,
+                    "path": str(step.path) if step.path else None,
+                    "changed": list(step.changed),
+                }
+                for step in steps
+            ]
+            typer.echo(json.dumps({"plan": rows}))
+            return
+        words = {"complete": "complete, reused", "resume": "interrupted, resumes", "run": "would run"}
+        for step in steps:
+            typer.echo(f"{step.stage:9} {step.key.digest[:12]}  {words[step.state]}")
+            for change in step.changed:
+                typer.echo(f"          changed {change}")
+
+
+def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | None:
+    from gmail_cli import plan
+    from gmail_cli.artifacts import Artifact
+
+    profile, space = context.load()
+    given = {key: Artifact.load(path) for key, path in inputs.items() if path is not None}
+    alone = name == "embed" and not given and context.flags.get("data.test") is not None
+    found = plan.find_inputs(name, space, given=given, optional_only=alone)
+    if context.dry_run:
+        context.print_plan(plan.steps(profile, space, stages=[name], given=found))
+        return None
+    with _Progress() as progress:
+        made = plan.execute(profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce)
+    artifact = made[name]
+    typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
+    return artifact
+
+
+def _describe(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "stage": artifact.stage,
+        "path": str(artifact.path),
+        "digest": artifact.digest,
+        "content": artifact.content,
+        "summary": dict(artifact.summary),
+    }
+
+
+def _announce(artifact: Artifact, reused: bool) -> None:
+    seconds = artifact.manifest["seconds"]
+    how = "complete already, reused" if reused else f"done in {seconds:.1f} s"
+    _say(f"{artifact.stage}: {how}: {_shown(artifact.path)}")
+    for key in ("verdict", "note"):
+        if artifact.summary.get(key):
+            _say(f"  {artifact.summary[key]}")
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def _toml_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _tolerances(texts: list[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        for part in text.split(","):
+            name, equals, number = part.partition("=")
+            try:
+                found[name.strip()] = float(number)
+            except ValueError:
+                equals = ""
+            if not equals or not name.strip():
+                hint = 'Write --tolerance "text_to_image_recall_at_1=0.5" (points of a percent).'
+                raise UsageError(f"--tolerance {text!r} is not METRIC=POINTS", hint=hint)
+    return found
+
+
+def _workspaces(root: Path, run: str | None) -> Iterator[Workspace]:
+    from gmail_cli.artifacts import Workspace
+
+    if run is not None:
+        if not (root / run).is_dir():
+            there = ", ".join(sorted(path.name for path in root.glob("*") if path.is_dir())) or "none"
+            raise InputError(f"no run {run!r} in {root}", hint=f"Runs there: {there}.")
+        yield Workspace(root, run)
+        return
+    if not root.is_dir():
+        raise InputError(f"no folder {root}", hint="Give the folder of runs with --workspace.")
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            yield Workspace(root, path.name)
+
+
+class _Progress:
+    """Progress bars on stderr: live on a terminal, a line every ten seconds elsewhere."""
+
+    def __enter__(self) -> _Progress:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):
+            self._bars.stop()
+
+    def task(self, description: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that moves one bar."""
+        import time
+
+        if self._console.is_terminal:
+            task = self._bars.add_task(description, total=None)
+            return lambda done, total: self._bars.update(task, completed=done, total=total)
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 10:
+                last = time.monotonic()
+                _say(f"{description}: {done}/{total}")
+
+        return line
+
+
+def _fail(error: GmailError) -> NoReturn:
+    _say(f"error: {error.message}")
+    if error.hint:
+        _say(f"hint: {error.hint}")
+    raise SystemExit(error.exit_code)
+
+
+def main() -> None:
+    """Entry point of the ``gmail`` command."""
+    try:
+        app()
+    except GmailError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command resumes where it stopped")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

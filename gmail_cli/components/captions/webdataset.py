@@ -1,0 +1,108 @@
+"""WebDataset tars: images and captions read in place."""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gmail_cli.components.captions.formats import (
+    ID_FIELDS,
+    BadRecordError,
+    Report,
+    Request,
+    Row,
+    first,
+    identifier,
+    json_object,
+    label_of,
+    lowered,
+    texts_of,
+)
+from gmail_cli.components.captions.sources import IMAGE_SUFFIXES, TarBytes, inside
+from gmail_cli.errors import InputError
+
+
+def webdataset(path: Path, request: Request, report: Report) -> Iterator[Row]:
+    """One WebDataset shard: neighbouring members that share a key, their name up to its first dot.
+
+    ``.json`` holds captions, ids and labels as a line of JSON Lines does, ``.txt`` a caption, ``.cls`` a
+    label, and an image suffix the image. Nothing is unpacked.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            files = (member for member in archive if not member.isdir())
+            for key, members in itertools.groupby(files, key=lambda member: _key_and_suffix(member.name)[0]):
+                where = f"{path.name}: {key}"
+                try:
+                    row = _sample(key, list(members), archive, path, where, request)
+                except BadRecordError as bad:
+                    report(where, str(bad))
+                    continue
+                yield row
+            with path.open("rb") as file:
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("it ends without its end mark")
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(
+            f"cannot read the tar {path}: {error}", hint="It must be a complete, uncompressed tar."
+        ) from error
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return folder + slash + stem, (dot + suffix).lower()
+
+
+def _sample(
+    key: str,
+    members: list[tarfile.TarInfo],
+    archive: tarfile.TarFile,
+    path: Path,
+    where: str,
+    request: Request,
+) -> Row:
+    fields: dict[str, Any] = {}
+    source: TarBytes | None = None
+    for member in members:
+        if not member.isreg() or member.issparse():
+            raise BadRecordError(f"{member.name} is not a plain file")
+        try:
+            inside(path.parent, member.name)
+        except InputError as error:
+            raise BadRecordError(error.message) from error
+        suffix = _key_and_suffix(member.name)[1]
+        if suffix in IMAGE_SUFFIXES:
+            if source is not None:
+                raise BadRecordError(f"two images, {source.name} and {member.name}")
+            source = TarBytes(path, member.name, member.offset_data, member.size)
+        elif suffix in (".json", ".txt", ".cls"):
+            file = archive.extractfile(member)
+            assert file is not None
+            data = file.read()
+            if suffix == ".json":
+                fields |= lowered(json_object(data))
+            else:
+                fields["caption" if suffix == ".txt" else "label"] = _utf8(data, member.name)
+    if source is None and request.need_images:
+        raise BadRecordError("no image")
+    owner = first(fields, ID_FIELDS)
+    return Row(
+        where,
+        identifier(key if owner is None else owner, "image id"),
+        texts_of(fields, source, request.kind),
+        label_of(fields),
+        source,
+        complete=True,
+    )
+
+
+def _utf8(data: bytes, name: str) -> str:
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"{name} is not UTF-8 text") from error

@@ -1,0 +1,383 @@
+"""Text-to-image sampling in which an image depends on its caption, never on its batch.
+
+``image = f(generator, revision, caption, k, seed, settings)``: each (caption, k) owns one `torch.Generator` on the CPU,
+seeded from a hash; the initial noise and the noise of stochastic schedulers come from it; and every batch the network
+sees is full, so that a row is the same bytes whatever its neighbours, its order or its shard.
+
+Any diffusers text-to-image pipeline is driven through its own ``__call__``. Pipelines of the Stable Diffusion 1 and 2
+family (`StableDiffusionPipeline`) encode each caption once and reuse the encoding for every k; the others (SDXL,
+SD3, FLUX, PixArt, ...) are given the captions as text and encode them with each batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gmail_cli.errors import InputError, SetupError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Bool, Float, UInt8
+    from torch import Tensor
+
+SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
+ATTEMPTS = 4
+"""How often a blank image is drawn before the run stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image to draw.
+
+    Attributes:
+        caption_id: Identity of the caption; part of the seed.
+        prompt: The text given to the generator; part of the seed.
+        k: Which of the caption's images this is, from 0; part of the seed.
+    """
+
+    caption_id: str
+    prompt: str
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How images are drawn.
+
+    Attributes:
+        steps: Denoising steps.
+        guidance: Classifier-free guidance scale; at 1 or below the negative prompt is not evaluated.
+        negative_prompt: What guidance leads away from.
+        height: Pixels; 0 for the pipeline's own.
+        width: Pixels; 0 for the pipeline's own.
+        batch_size: Rows in every call of the pipeline, padded when fewer remain.
+        seed: Part of every image's seed.
+    """
+
+    steps: int
+    guidance: float
+    negative_prompt: str = ""
+    height: int = 0
+    width: int = 0
+    batch_size: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A finished image.
+
+    Attributes:
+        job: What was asked for.
+        pixels: uint8 array, [height, width, 3], RGB.
+        seed: The seed of its generator: ``torch.Generator().manual_seed(seed)`` repeats its noise.
+        attempt: 0, or how many blank images were thrown away before this one.
+        truncated: Whether the caption is longer than every text encoder of the pipeline reads.
+    """
+
+    job: Job
+    pixels: UInt8[np.ndarray, "height width 3"]
+    seed: int
+    attempt: int
+    truncated: bool
+
+
+def derived_seed(job: Job, *, seed: int, attempt: int = 0) -> int:
+    """The seed of one image: the first 32 bits of SHA-256 over (seed, caption id, text, k, attempt).
+
+    32 bits, because torch's CPU generator ignores the higher ones.
+    """
+    identity = json.dumps([seed, job.caption_id, job.prompt, job.k, attempt], ensure_ascii=True)
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big")
+
+
+def load_pipeline(
+    model: str,
+    *,
+    revision: str = "",
+    scheduler: str = "default",
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Any:
+    """Load a diffusers text-to-image pipeline, ready to sample.
+
+    Args:
+        model: ``"tiny"`` (shipped), a folder in diffusers format, or a hub id.
+        revision: Commit or tag of a hub id.
+        scheduler: ``"default"``, or the name of a diffusers scheduler that suits the pipeline's own.
+        dtype: Name of a torch dtype.
+        device: Name of a torch device.
+
+    Raises:
+        InputError: A folder that is not a pipeline.
+        SetupError: A hub id that cannot be loaded here.
+        UsageError: A scheduler that does not suit the pipeline, or a dtype that does not suit the device.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    if dtype == "float16" and torch.device(device).type == "cpu":
+        raise UsageError("generate.dtype = 'float16' does not run on a CPU", hint="set generate.dtype to 'float32'")
+    # truncated captions are counted, not logged one by one, and the caller shows its own progress
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    place, folder = locate(model)
+    options: dict[str, Any] = {} if folder else {"revision": revision or None}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # how diffusers calls its hub
+            config = diffusers.DiffusionPipeline.load_config(place, **options)
+            if "safety_checker" in config:
+                options |= {"safety_checker": None, "requires_safety_checker": False}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                place, dtype=getattr(torch, dtype), use_safetensors=True, **options
+            )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        if folder:
+            raise InputError(
+                f"generate.model = {model!r} is not a complete diffusers pipeline: {reason}",
+                hint="save it again with pipeline.save_pretrained(folder, safe_serialization=True)",
+            ) from error
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
+            reason = "HF_HUB_OFFLINE is set and the hub cache does not hold all of it"
+        at = f" --revision {revision}" if revision else ""
+        raise SetupError(
+            f"generate.model = {model!r} (revision {revision or 'newest'}) could not be loaded from the hub: {reason}",
+            hint=f"where there is a network run `hf download {model}{at}`, or set generate.model to a local folder",
+        ) from error
+    if scheduler != "default":
+        pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def locate(model: str) -> tuple[str, Path | None]:
+    """What diffusers loads for ``model``, and the folder it lies in (None for a hub id).
+
+    Raises:
+        InputError: A folder without ``model_index.json``, or a path that does not exist.
+        SetupError: ``"tiny"`` without the shipped weights.
+    """
+    if model == "tiny":
+        if not (SHIPPED / "model_index.json").is_file():
+            raise SetupError("the shipped generator 'tiny' is missing from this installation", hint="install it again")
+        return str(SHIPPED), SHIPPED
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise InputError(
+                f"generate.model = {model!r} is a folder without model_index.json",
+                hint="name the folder that pipeline.save_pretrained wrote",
+            )
+        return str(folder), folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(
+            f"generate.model = {model!r} does not exist",
+            hint="name a folder in diffusers format, a hub id such as 'owner/name', or 'tiny'",
+        )
+    return model, None
+
+
+class Sampler:
+    """Draws images from one pipeline in batches of one shape.
+
+    Args:
+        pipeline: What `load_pipeline` returned.
+        sampling: How to draw.
+    """
+
+    def __init__(self, pipeline: Any, *, sampling: Sampling) -> None:
+        import diffusers
+
+        self.pipeline = pipeline
+        self.sampling = sampling
+        self.reuses_encodings = isinstance(pipeline, diffusers.StableDiffusionPipeline)
+        self._accepted = set(inspect.signature(pipeline.__call__).parameters)
+        if sampling.negative_prompt and "negative_prompt" not in self._accepted:
+            raise UsageError(
+                f"generate.negative_prompt: {type(pipeline).__name__} takes no negative prompt",
+                hint="set generate.negative_prompt to an empty string",
+            )
+
+    def draw(self, jobs: Sequence[Job], *, start: int = 0) -> Iterator[list[Drawn]]:
+        """Draw ``jobs`` batch by batch, in order.
+
+        Batches are cut from ``jobs`` before the first ``start`` are left out, so that a run that starts again shows the
+        network the very batches that the first run would have shown it.
+
+        Args:
+            jobs: What to draw; a caption's k side by side lets its encoding be reused.
+            start: How many of them exist already.
+
+        Yields:
+            The new images of each batch.
+
+        Raises:
+            SetupError: An image that stays blank or not-a-number through `ATTEMPTS` seeds.
+            UsageError: Steps or sizes that the pipeline refuses.
+        """
+        encode = _Encodings(self, list(dict.fromkeys(job.prompt for job in jobs)))
+        size = self.sampling.batch_size
+        for first in range(start - start % size, len(jobs), size):
+            batch = jobs[first : first + size]
+            truncated = self._truncated([job.prompt for job in batch])
+            drawn = [
+                Drawn(job, pixels, derived_seed(job, seed=self.sampling.seed, attempt=attempt), attempt, cut)
+                for job, (pixels, attempt), cut in zip(batch, self._batch(batch, encode), truncated, strict=True)
+            ]
+            yield drawn[max(0, start - first) :]
+
+    def _batch(self, batch: Sequence[Job], encode: _Encodings) -> list[tuple[Any, int]]:
+        """Pixels and attempt of every job of one batch; blank rows are drawn again in a batch of the same shape."""
+        attempts = [0] * len(batch)
+        images, good = self._sample(batch, attempts=attempts, encode=encode)
+        for attempt in range(1, ATTEMPTS):
+            blank = [row for row in range(len(batch)) if not good[row]]
+            if not blank:
+                break
+            for row in blank:
+                attempts[row] = attempt
+            again, again_good = self._sample(batch, attempts=attempts, encode=encode)
+            images[blank], good[blank] = again[blank], again_good[blank]
+        if not good.all():
+            job = batch[int(good.argmin())]
+            raise SetupError(
+                f"{type(self.pipeline).__name__} drew a blank image {ATTEMPTS} times for caption "
+                f"{job.caption_id!r}: {job.prompt!r}",
+                hint="half precision often overflows: set generate.dtype to 'float32' or 'bfloat16'",
+            )
+        return list(zip(images, attempts, strict=True))
+
+    def _sample(
+        self, batch: Sequence[Job], *, attempts: Sequence[int], encode: _Encodings
+    ) -> tuple[UInt8[np.ndarray, "rows height width 3"], Bool[np.ndarray, " rows"]]:
+        """One call of the pipeline: pixels of each row, and whether the row is finite and not of one colour."""
+        import torch
+
+        sampling = self.sampling
+        rows = _full([*zip(batch, attempts, strict=True)], sampling.batch_size)
+        generators = [
+            torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
+            for job, attempt in rows
+        ]
+        given = encode([job.prompt for job, _ in rows])
+        try:
+            images = self.pipeline(
+                **given,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                height=sampling.height or None,
+                width=sampling.width or None,
+                generator=generators,
+                output_type="pt",
+            ).images
+        except ValueError as error:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
+                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {error}",
+                hint="set others in [generate]; some schedulers need at least 4 steps",
+            ) from error
+        output = images[: len(batch)]
+        finite = output.isfinite().flatten(1).all(1)
+        pixels = output.float().nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
+        spread = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)
+        good = finite & (spread > 2)
+        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), good.cpu().numpy()
+
+    def _truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt is cut by every tokenizer of the pipeline."""
+        names = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        tokenizers = [t for name in names if (t := getattr(self.pipeline, name, None)) is not None]
+        lengths = [
+            [
+                len(ids) > tokenizer.model_max_length
+                for ids in tokenizer(
+                    list(prompts), truncation=True, max_length=tokenizer.model_max_length + 1
+                ).input_ids
+            ]
+            for tokenizer in tokenizers
+        ]
+        return [bool(cut) and all(cut) for cut in zip(*lengths, strict=True)] or [False] * len(prompts)
+
+
+class _Encodings:
+    """Keyword arguments that give prompts to a pipeline; where the pipeline allows it, encoded once per caption.
+
+    Captions are encoded in blocks cut from the list of all captions, each padded to the batch size; two blocks are kept
+    (a batch of images reaches into two at most).
+    """
+
+    def __init__(self, sampler: Sampler, prompts: Sequence[str]) -> None:
+        self._sampler = sampler
+        self._prompts = prompts
+        self._row = {prompt: row for row, prompt in enumerate(prompts)}
+        self._blocks: dict[int, tuple[Float[Tensor, "length dim"], ...]] = {}
+        self._negative: Float[Tensor, "1 length dim"] | None = None
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Any]:
+        import torch
+
+        sampling = self._sampler.sampling
+        guided = sampling.guidance > 1
+        if not self._sampler.reuses_encodings:
+            given = {"prompt": list(prompts)}
+            if guided and sampling.negative_prompt:
+                given["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
+            return given
+        rows = [divmod(self._row[prompt], sampling.batch_size) for prompt in prompts]
+        kept = self._blocks
+        self._blocks = {block: kept.get(block) or self._block(block) for block in {block for block, _ in rows}}
+        encoded = {"prompt_embeds": torch.stack([self._blocks[block][row] for block, row in rows])}
+        if guided:
+            if self._negative is None:
+                self._negative = self._encode([sampling.negative_prompt])[:1]
+            encoded["negative_prompt_embeds"] = self._negative.expand(len(prompts), -1, -1)
+        return encoded
+
+    def _block(self, block: int) -> tuple[Float[Tensor, "length dim"], ...]:
+        size = self._sampler.sampling.batch_size
+        return self._encode(self._prompts[block * size : (block + 1) * size]).unbind()
+
+    def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "batch length dim"]:
+        import torch
+
+        pipeline = self._sampler.pipeline
+        full = _full(list(prompts), self._sampler.sampling.batch_size)
+        with torch.no_grad():
+            encoded, _ = pipeline.encode_prompt(
+                full, pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        return encoded
+
+
+def _full(rows: list[Any], size: int) -> list[Any]:
+    """``rows`` padded to ``size`` by repeating the last one."""
+    return rows + [rows[-1]] * (size - len(rows))
+
+
+def _scheduler(own: Any, name: str) -> Any:
+    """Another scheduler with the configuration of the pipeline's own.
+
+    Raises:
+        UsageError: One that diffusers does not call compatible with the pipeline's own.
+    """
+    import diffusers
+
+    allowed = {kind.__name__ for kind in own.compatibles} | {type(own).__name__}
+    if name not in allowed:
+        raise UsageError(
+            f"generate.scheduler = {name!r} does not suit this pipeline, made for {type(own).__name__}",
+            hint=f"use 'default' or one of: {', '.join(sorted(allowed))}",
+        )
+    return getattr(diffusers, name).from_config(own.config)

@@ -1,0 +1,541 @@
+"""CLIP encoders: loading and saving open_clip models, and embedding images and texts with them.
+
+A :class:`Clip` is an open_clip model with its tokenizer, its preprocessing and a digest of its content.
+``components/tuning.py`` tunes a copy of its image tower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gmail_cli.components.images import Preprocess, batches
+from gmail_cli.errors import InputError, SetupError, UsageError
+
+Precision: TypeAlias = Literal["fp32", "bf16"]
+Progress: TypeAlias = Callable[[int, int], None]
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+SHIPPED = {"tiny": Path(__file__).resolve().parents[1] / "weights" / "tiny" / "clip"}
+_OTHER_WEIGHTS = (
+    *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
+    *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
+)
+_POOLS_AT_END = frozenset({"argmax", "eos"})
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as a tower reads them.
+
+    Attributes:
+        ids: Token ids, padded to the tower's context length.
+        truncated: Which texts were longer than that.
+    """
+
+    ids: Int[Tensor, "batch length"]
+    truncated: Bool[Tensor, " batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """An open_clip model in eval mode with all that is needed to embed with it.
+
+    Attributes:
+        model: The open_clip module (``CLIP`` or ``CustomTextCLIP``), fp32 weights.
+        tokenizer: open_clip's tokenizer of the text tower.
+        preprocess: From stored image bytes to what the image tower reads.
+        config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``.
+        name: How the model was asked for.
+        digest: SHA-256 over config and weights; :func:`model_digest` gives the same without loading.
+        device: Where it computes.
+        precision: ``bf16`` computes under autocast; weights and embeddings stay fp32.
+    """
+
+    model: Any
+    tokenizer: Any
+    preprocess: Preprocess
+    config: Mapping[str, Any]
+    name: str
+    digest: str
+    device: torch.device
+    precision: Precision = "fp32"
+
+    @property
+    def dim(self) -> int:
+        """Width of an embedding."""
+        return int(self.config["model_cfg"]["embed_dim"])
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the text tower reads, start and end included."""
+        return int(self.model.context_length)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids of ``texts``; what does not fit is cut, keeping the end-of-text token last."""
+        ids = self.tokenizer(list(texts))
+        truncated = torch.zeros(len(ids), dtype=torch.bool)
+        full = torch.nonzero(self.lengths(ids) == self.context_length).flatten().tolist()
+        if full:
+            longer = self.tokenizer([texts[row] for row in full], context_length=self.context_length + 1)
+            truncated[full] = self.lengths(longer) > self.context_length
+        return Tokens(ids=ids, truncated=truncated)
+
+    def lengths(self, ids: Int[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
+        """Number of tokens of each row without its padding."""
+        if _pool_type(self.model) in _POOLS_AT_END:
+            return _ends(self.model, ids) + 1
+        pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", 0)
+        return (ids != pad).sum(dim=-1)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit fp32 embeddings of preprocessed images."""
+        with self.autocast():
+            features = self.model.encode_image(pixels.to(self.device))
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    @torch.inference_mode()
+    def encode_tokens(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
+        """Unit fp32 embeddings of token ids."""
+        with self.autocast():
+            features = text_features(self.model, ids.to(self.device))
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
+        """Unit fp32 embeddings of texts, in one batch."""
+        return self.encode_tokens(self.tokenize(texts).ids)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context to run the model in: nothing in fp32, bf16 autocast otherwise."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device of a ``runtime.device`` setting; ``auto`` takes a GPU when torch sees one.
+
+    Raises:
+        SetupError: A device this machine lacks.
+    """
+    if choice == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (choice == "cuda" and not torch.cuda.is_available()) or (
+        choice == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise SetupError(f"runtime.device = {choice!r}: torch sees none", hint="Use auto or cpu.")
+    return torch.device(choice)
+
+
+def describe_device(device: torch.device) -> str:
+    """A device in words, for a manifest."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+# -- text towers -------------------------------------------------------------------------------------------------
+
+
+def text_features(model: Any, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
+    """Text features before normalisation, differentiable, reading only the positions that can matter.
+
+    In a causal tower that pools at the end-of-text token nothing after that token has any influence, so the batch is
+    cut at its last end-of-text token. Other towers read all positions.
+    """
+    tower = getattr(model, "text", model)
+    if not _trims(model):
+        return model.encode_text(ids)
+    from open_clip.transformer import text_global_pool
+
+    ends = _ends(model, ids)
+    length = int(ends.max()) + 1
+    ids = ids[:, :length]
+    dtype = tower.transformer.get_cast_dtype()
+    hidden = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    hidden = tower.ln_final(tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length]))
+    pooled = text_global_pool(hidden, ids, _pool_type(model), eos_token_id=_eos_id(model))
+    if isinstance(tower.text_projection, nn.Module):
+        return tower.text_projection(pooled)
+    return pooled if tower.text_projection is None else pooled @ tower.text_projection
+
+
+def _pool_type(model: Any) -> str:
+    tower = getattr(model, "text", model)
+    return str(getattr(tower, "text_pool_type", getattr(tower, "pool_type", "")))
+
+
+def _eos_id(model: Any) -> int | None:
+    tower = getattr(model, "text", model)
+    return getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+
+
+def _trims(model: Any) -> bool:
+    tower = getattr(model, "text", model)
+    causal = isinstance(getattr(tower, "attn_mask", None), Tensor) and not getattr(tower, "use_pad_mask", False)
+    return causal and getattr(tower, "cls_emb", None) is None and _pool_type(model) in _POOLS_AT_END
+
+
+def _ends(model: Any, ids: Int[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
+    """Position of each row's first end-of-text token."""
+    return (ids if _pool_type(model) == "argmax" else (ids == _eos_id(model)).int()).argmax(dim=-1)
+
+
+# -- loading and saving ------------------------------------------------------------------------------------------
+
+
+def load_clip(
+    ref: str | Path,
+    *,
+    revision: str = "",
+    device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
+    seed: int = 0,
+) -> Clip:
+    """Load a CLIP model.
+
+    Args:
+        ref: ``tiny`` (shipped), a folder that open_clip can load, ``hf-hub:owner/name``, ``ARCH/pretrained-tag`` such
+            as ``ViT-B-16/openai`` (activation as the tag states), or ``ARCH`` alone: random weights, to be trained.
+        revision: Commit of a hub repository; empty takes the newest.
+        device: Where to put it.
+        precision: See :class:`Clip`.
+        seed: Of random weights; unused otherwise.
+
+    Raises:
+        UsageError: Nothing of that name; a tag trained with another activation than the named architecture has;
+            bf16 on a CPU.
+        InputError: The folder lacks its config or weights, or they do not fit each other.
+        SetupError: The hub cannot be reached and its cache lacks the model.
+    """
+    import open_clip
+
+    source = _locate(ref)
+    if source.kind == "folder":
+        return _load_folder(source.folder, name=str(ref), device=device, precision=precision)
+    if source.kind == "hub":
+        folder = _download(source.name, revision=revision)
+        clip = _load_folder(folder, name=str(ref), device=device, precision=precision)
+        return dataclasses.replace(clip, digest=model_digest(ref, revision=revision))
+    model_cfg = open_clip.get_model_config(source.name)
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {}}
+    if source.kind == "architecture":
+        clip = build_clip(config, seed=seed, name=str(ref), device=device, precision=precision)
+        return dataclasses.replace(clip, digest=model_digest(ref, seed=seed))
+    tag = open_clip.get_pretrained_cfg(source.name, source.tag)
+    quick = bool(tag.get("quick_gelu", False))
+    if model_cfg.get("quick_gelu", False) and not quick:
+        hint = "Save it as an open_clip folder whose config states the activation, and give that folder."
+        raise UsageError(f"model.clip = {ref!r}: weights and architecture disagree about QuickGELU", hint=hint)
+    config["model_cfg"] = {**model_cfg, "quick_gelu": quick}
+    config["preprocess_cfg"] = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in tag}
+    weights = _download_tag(tag, ref=str(ref), revision=revision)
+    clip = build_clip(config, seed=seed, name=str(ref), device=device, precision=precision)
+    try:
+        open_clip.load_checkpoint(clip.model, str(weights))
+    except RuntimeError as error:
+        raise InputError(f"the weights of {ref} do not fit: {error}") from error
+    return dataclasses.replace(clip, digest=model_digest(ref, revision=revision))
+
+
+def build_clip(
+    config: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    name: str = "custom",
+    tokenizer: Any = None,
+    device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
+) -> Clip:
+    """A model with random weights from an ``open_clip_config.json`` mapping.
+
+    Args:
+        config: ``model_cfg`` (open_clip's architecture description) and ``preprocess_cfg``.
+        seed: Of the random weights.
+        name: What to call it.
+        tokenizer: An open_clip tokenizer; CLIP's own 49,408-entry one when None.
+        device: Where to put it.
+        precision: See :class:`Clip`.
+
+    Raises:
+        UsageError: open_clip rejects the description.
+    """
+    import open_clip
+
+    model_cfg = copy.deepcopy(dict(config["model_cfg"]))
+    custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = kind(**model_cfg)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UsageError(f"open_clip cannot build {name}: {error}", hint="Check model_cfg.") from error
+    if tokenizer is None:
+        text = config["model_cfg"]["text_cfg"]
+        options = text.get("tokenizer_kwargs") or {}
+        if text.get("hf_tokenizer_name"):
+            tokenizer = open_clip.HFTokenizer(text["hf_tokenizer_name"], model.context_length, **options)
+        else:
+            tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **options)
+    return _clip(model, tokenizer, config, name=name, digest=None, device=device, precision=precision)
+
+
+def save_clip(clip: Clip, folder: Path) -> None:
+    """Write ``clip`` as a folder that plain open_clip loads (``local-dir:``) with equal outputs.
+
+    Args:
+        clip: What to save.
+        folder: An existing folder; gets the config, the fp32 weights and the tokenizer's files.
+    """
+    from safetensors.torch import save_file
+
+    text = json.dumps(clip.config, indent=1, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in clip.model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+    if hasattr(clip.tokenizer, "save_pretrained"):
+        clip.tokenizer.save_pretrained(str(folder))
+
+
+def model_digest(ref: str | Path, *, revision: str = "", seed: int = 0) -> str:
+    """The digest ``load_clip`` would give, without loading the model.
+
+    Local models are identified by content: SHA-256 over config and tensors, whatever the file's layout. Hub models
+    and tags are identified by name and revision; random weights by architecture and seed.
+    """
+    source = _locate(ref)
+    if source.kind == "folder":
+        stamp = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in _model_files(source.folder))
+        return _folder_digest(source.folder, stamp)
+    if source.kind == "architecture":
+        return _sha256([_canonical({"architecture": source.name, "seed": seed})])
+    return _sha256([_canonical({"ref": str(ref), "revision": revision})])
+
+
+@dataclass(frozen=True)
+class _Source:
+    kind: Literal["folder", "hub", "tag", "architecture"]
+    name: str = ""
+    tag: str = ""
+    folder: Path = Path()
+
+
+def _locate(ref: str | Path) -> _Source:
+    text = str(ref)
+    if text in SHIPPED:
+        return _Source("folder", folder=SHIPPED[text])
+    if text.startswith("hf-hub:"):
+        return _Source("hub", name=text.removeprefix("hf-hub:"))
+    if Path(text).is_dir():
+        return _Source("folder", folder=Path(text).resolve())
+    import open_clip
+
+    name, slash, tag = text.partition("/")
+    if open_clip.get_model_config(name) is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        hint += "Give tiny, an open_clip folder, hf-hub:owner/name, or ARCH/pretrained-tag."
+        raise UsageError(f"model.clip = {text!r} is no folder and no model open_clip knows", hint=hint)
+    if not slash:
+        return _Source("architecture", name=name)
+    if not open_clip.get_pretrained_cfg(name, tag):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UsageError(f"model.clip = {text!r}: {name} has no weights {tag!r}", hint=f"It has: {known}.")
+    return _Source("tag", name=name, tag=tag)
+
+
+def _model_files(folder: Path) -> tuple[Path, Path]:
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(f"{folder} is no open_clip model: it has no {CONFIG_FILE}", hint="Check model.clip.")
+    for name in (WEIGHTS_FILE, *_OTHER_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / CONFIG_FILE, folder / name
+    raise InputError(f"{folder} has no weights", hint=f"Put {WEIGHTS_FILE} beside {CONFIG_FILE}.")
+
+
+def _load_folder(folder: Path, *, name: str, device: str | torch.device, precision: Precision) -> Clip:
+    import open_clip
+    from safetensors import SafetensorError
+
+    config_file, _ = _model_files(folder)
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        model = open_clip.create_model(f"local-dir:{folder}")
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be loaded by open_clip: {error}", hint="Check model.clip.") from error
+    digest = model_digest(folder)
+    return _clip(model, tokenizer, config, name=name, digest=digest, device=device, precision=precision)
+
+
+def _clip(
+    model: Any,
+    tokenizer: Any,
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    digest: str | None,
+    device: str | torch.device,
+    precision: Precision,
+) -> Clip:
+    device = torch.device(device)
+    if precision == "bf16" and device.type == "cpu":
+        raise UsageError("bf16 on a CPU is some 80 times slower than fp32", hint="Use fp32, or a GPU.")
+    model = model.eval().requires_grad_(False).to(device)
+    preprocess_cfg = {**config.get("preprocess_cfg", {}), "size": model.visual.image_size}
+    return Clip(
+        model=model,
+        tokenizer=tokenizer,
+        preprocess=Preprocess.from_open_clip(preprocess_cfg),
+        config=config,
+        name=name,
+        digest=digest or tensors_digest(config, model.state_dict()),
+        device=device,
+        precision=precision,
+    )
+
+
+def _download(repository: str, *, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision or None))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        hint = "Check the network, or fill the hub cache on a machine that has one."
+        raise SetupError(f"hf-hub:{repository} cannot be fetched: {error}", hint=hint) from error
+
+
+def _download_tag(tag: Mapping[str, Any], *, ref: str, revision: str) -> Path:
+    import open_clip
+
+    try:
+        if tag.get("hf_hub"):
+            repository, _, filename = str(tag["hf_hub"]).rpartition("/")
+            options = {"filename": filename} if filename else {}
+            return Path(open_clip.download_pretrained_from_hf(repository, revision=revision or None, **options))
+        return Path(open_clip.download_pretrained(dict(tag)))
+    except (OSError, RuntimeError) as error:
+        hint = "Check the network, or fill the hub cache on a machine that has one."
+        raise SetupError(f"the weights of {ref} cannot be fetched: {error}", hint=hint) from error
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _sha256(parts: Sequence[bytes] | Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=32)
+def _folder_digest(folder: Path, stamp: tuple[tuple[int, int], ...]) -> str:
+    """Digest of a model folder; ``stamp`` (sizes and times) only tells an edited folder from the remembered one."""
+    config_file, weights_file = _model_files(folder)
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if weights_file.suffix != ".safetensors":
+            return _sha256([_canonical(config), weights_file.read_bytes()])
+        return _sha256(_safetensors_parts(config, weights_file))
+    except (ValueError, KeyError, struct.error) as error:
+        raise InputError(f"{folder} is damaged: {error}", hint="Fetch or make the model again.") from error
+
+
+def _safetensors_parts(config: Mapping[str, Any], file: Path) -> Iterator[bytes]:
+    data = np.memmap(file, dtype=np.uint8, mode="r")
+    (size,) = struct.unpack("<Q", data[:8].tobytes())
+    header = json.loads(data[8 : 8 + size].tobytes())
+    header.pop("__metadata__", None)
+    yield _canonical(config)
+    for name in sorted(header):
+        start, stop = header[name]["data_offsets"]
+        yield _canonical([name, header[name]["dtype"], header[name]["shape"]])
+        yield data[8 + size + start : 8 + size + stop].tobytes()
+
+
+def tensors_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The digest of a model in memory: what :func:`model_digest` gives for the folder it is saved to."""
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+    def parts() -> Iterator[bytes]:
+        yield _canonical(config)
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            yield _canonical([name, kinds[tensor.dtype], list(tensor.shape)])
+            yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return _sha256(parts())
+
+
+# -- embedding ---------------------------------------------------------------------------------------------------
+
+
+def embed_images(
+    clip: Clip,
+    image_bytes: Callable[[int], bytes],
+    count: int,
+    *,
+    batch_size: int = 256,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> Float[np.ndarray, "count dim"]:
+    """Unit fp32 embeddings of ``count`` stored images, in order.
+
+    Args:
+        clip: Which encoder.
+        image_bytes: Encoded bytes (JPEG, PNG, ...) of image ``i``.
+        count: How many.
+        batch_size: Images per forward pass.
+        workers: Threads that decode ahead.
+        progress: Called with (done, count).
+
+    Raises:
+        InputError: An image cannot be decoded.
+    """
+    vectors = np.empty((count, clip.dim), dtype=np.float32)
+    done = 0
+    for pixels in batches(image_bytes, count, preprocess=clip.preprocess, batch_size=batch_size, workers=workers):
+        vectors[done : done + len(pixels)] = clip.encode_images(torch.from_numpy(pixels)).cpu().numpy()
+        done += len(pixels)
+        if progress:
+            progress(done, count)
+    return vectors
+
+
+def embed_texts(
+    clip: Clip, texts: Sequence[str], *, batch_size: int = 256, progress: Progress | None = None
+) -> tuple[Float[np.ndarray, "count dim"], float]:
+    """Unit fp32 embeddings of texts, in order, and the share of them that was truncated.
+
+    Texts of like length share a batch, so short captions do not pay for the padding of long ones.
+    """
+    vectors = np.empty((len(texts), clip.dim), dtype=np.float32)
+    if not texts:
+        return vectors, 0.0
+    tokens = clip.tokenize(texts)
+    order = torch.argsort(clip.lengths(tokens.ids), stable=True)
+    for start in range(0, len(texts), batch_size):
+        rows = order[start : start + batch_size]
+        vectors[rows.numpy()] = clip.encode_tokens(tokens.ids[rows]).cpu().numpy()
+        if progress:
+            progress(start + len(rows), len(texts))
+    return vectors, int(tokens.truncated.sum()) / len(texts)

@@ -1,0 +1,225 @@
+"""One model measured on embedding tables: retrieval, zero-shot classification, probes, captions, the modality gap.
+
+Each function returns metric name -> :class:`~gmail_cli.components.scores.Scores`, and what the report wants to show
+beside the numbers. Test images must have passed through the encoder of real images (paper, Algorithm 1, step 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gmail_cli.components.metrics import classification, gap
+from gmail_cli.components.metrics.captioning import METRICS, CaptionScores, bleu, score_captions
+from gmail_cli.components.metrics.classification import Classification
+from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks, retrieval_ranks
+from gmail_cli.components.scores import Scores, Statistic
+from gmail_cli.components.tables import Table, require_same_space
+from gmail_cli.errors import InputError, SetupError
+
+DIRECTIONS = ("text_to_image", "image_to_text")
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Scores of both directions, and the ranks they come from.
+
+    Attributes:
+        scores: ``text_to_image_recall_at_1`` and so on; ``long_`` before those of long captions.
+        ranks: ``short`` and ``long`` captions, where there are such.
+        rows: For each kind, the rows of the text table that were its queries.
+    """
+
+    scores: dict[str, Scores]
+    ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
+    rows: dict[str, Int[np.ndarray, " texts"]] = field(default_factory=dict)
+
+
+def retrieval(images: Table, *, texts: Table, ks: Sequence[int], true_recall: bool = False) -> Retrieval:
+    """Rank texts for images and images for texts, short and long captions apart.
+
+    Args:
+        images: Real test images.
+        texts: Their captions; each row names its image as ``owner`` and may have a ``kind``.
+        ks: The k of recall@k.
+        true_recall: Also the share of all right answers among the first k.
+
+    Raises:
+        InputError: The tables do not live in one space, or a text belongs to no image of the table.
+    """
+    require_same_space(images, texts)
+    places = {name: row for row, name in enumerate(images.ids)}
+    owners = np.array([_place(row, places, texts.header.name) for row in texts.rows], dtype=np.int64)
+    kinds = np.array([row.get("kind") or "short" for row in texts.rows])
+    found = Retrieval({})
+    for kind in ("short", "long"):
+        rows = np.flatnonzero(kinds == kind)
+        if not len(rows):
+            continue
+        ranks = retrieval_ranks(
+            images.vectors, texts=texts.vectors[rows], owners=owners[rows], all_positives=true_recall
+        )
+        found.ranks[kind], found.rows[kind] = ranks, rows
+        prefix = "" if kind == "short" else "long_"
+        for direction in DIRECTIONS:
+            one: Ranks = getattr(ranks, direction)
+            mean = partial(Scores.mean, groups=one.image)
+            for k in ks:
+                found.scores[f"{prefix}{direction}_recall_at_{k}"] = mean(one.hits(k))
+            if true_recall:
+                for k in ks:
+                    found.scores[f"{prefix}{direction}_true_recall_at_{k}"] = mean(one.true_recall(k))
+            found.scores[f"{prefix}{direction}_mean_reciprocal_rank"] = mean(one.reciprocal_rank())
+    return found
+
+
+def zero_shot(images: Table, *, prompts: Table) -> tuple[dict[str, Scores], Classification]:
+    """Classify test images by their cosine with averaged prompts of each class (CLIP, 2021).
+
+    Args:
+        images: Real test images, each row with its ``label``.
+        prompts: Texts, each row with the ``label`` of the class it names.
+
+    Raises:
+        InputError: The tables do not live in one space, or an image has no label or one without a prompt.
+    """
+    require_same_space(images, prompts)
+    names = list(dict.fromkeys(str(row["label"]) for row in prompts.rows))
+    numbers = {name: number for number, name in enumerate(names)}
+    classes = classification.class_embeddings(
+        np.asarray(prompts.vectors, dtype=np.float32),
+        class_rows=np.array([numbers[str(row["label"])] for row in prompts.rows]),
+        classes=len(names),
+    )
+    labels = _labels(images, numbers, of=prompts.header.name)
+    found = classification.zero_shot(np.asarray(images.vectors, dtype=np.float32), class_vectors=classes, labels=labels)
+    return classified(found, prefix="zero_shot_"), found
+
+
+def probe(images: Table, *, scores: Float[np.ndarray, "images classes"], class_names: Sequence[str]) -> Classification:
+    """How a probe's class scores fit the labels of the test images.
+
+    Raises:
+        InputError: An image has no label, or one that the probe was not trained on.
+    """
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return classification.classify(scores, labels=_labels(images, numbers, of="the probe"))
+
+
+def classified(found: Classification, *, prefix: str) -> dict[str, Scores]:
+    """Top-1, top-5 (above five classes) and mean-per-class accuracy."""
+    images = np.arange(len(found.labels))
+    scores = {f"{prefix}top_1_accuracy": Scores.mean(found.correct(1), groups=images)}
+    if len(found.confusion) > 5:
+        scores[f"{prefix}top_5_accuracy"] = Scores.mean(found.correct(5), groups=images)
+    classes = len(found.confusion)
+    member = np.eye(classes)[found.labels]
+    scores[f"{prefix}mean_per_class_accuracy"] = Scores(
+        columns=np.concatenate([member * found.correct(1)[:, None], member], axis=1),
+        groups=images,
+        statistic=_mean_per_class,
+        queries=len(images),
+    )
+    return scores
+
+
+def captions(
+    references: Mapping[str, Sequence[str]], *, predictions: Mapping[str, str], meteor: Literal["auto", "on", "off"]
+) -> tuple[dict[str, Scores], CaptionScores]:
+    """BLEU-1 to 4, METEOR, ROUGE-L and CIDEr (see :func:`~gmail_cli.components.metrics.captioning.score_captions`).
+
+    Raises:
+        InputError: Images and captions do not fit.
+        SetupError: ``meteor`` is ``on`` and this machine cannot compute it.
+    """
+    wanted = [name for name in METRICS if name != "meteor" or meteor != "off"]
+    found = score_captions(references, predictions, metrics=wanted)
+    if meteor == "on" and "meteor" in found.absent:
+        raise SetupError(f"eval.meteor = 'on': {found.absent['meteor']}", hint="Set it to auto or off.")
+    assert found.bleu_counts is not None, "BLEU was asked for"
+    images = np.arange(len(found.ids))
+    scores = {
+        f"bleu_{n + 1}": Scores(columns=found.bleu_counts, groups=images, statistic=_BLEU[n], queries=len(images))
+        for n in range(4)
+    }
+    if "meteor" in found.corpus:
+        scores["meteor"] = Scores.whole(found.corpus["meteor"], queries=len(images))
+    for name in ("rouge_l", "cider"):
+        scores[name] = Scores.mean(found.per_image[name], groups=images)
+    return scores, found
+
+
+def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
+    """How far generated images lie from the real images of their captions (paper, Table 14).
+
+    Args:
+        real: Real images through f_r.
+        generated: Generated images, row by row the partners of ``real``.
+
+    Raises:
+        InputError: The tables are not partners, or do not live in one space.
+    """
+    require_same_space(real, generated, allow_generated=True)
+    if len(real.vectors) != len(generated.vectors):
+        raise InputError(
+            f"tables {real.header.name!r} and {generated.header.name!r} have {len(real.vectors)} and "
+            f"{len(generated.vectors)} rows; they must be partners row by row",
+            hint="Run gmail embed again.",
+        )
+    a = np.asarray(real.vectors, dtype=np.float32)
+    b = np.asarray(generated.vectors, dtype=np.float32)
+    count = len(a)
+    owners = np.unique([str(row.get("owner") or row["id"]) for row in real.rows], return_inverse=True)[1]
+    whole = partial(Scores.whole, queries=count)
+    scores = {"paired_cosine": Scores.mean(gap.paired_cosine(a, generated=b), groups=owners)}
+    if count > 1:
+        scores["unpaired_cosine"] = whole(gap.unpaired_cosine(a, generated=b))
+    scores["centroid_cosine"] = whole(gap.centroid_cosine(a, generated=b))
+    scores["centroid_distance"] = whole(gap.centroid_distance(a, generated=b))
+    if count > 1:
+        scores["frechet_distance"] = whole(gap.frechet_distance(a, generated=b).distance)
+    if len(np.unique(owners)) >= 10:
+        linear = gap.linear_separability(a, generated=b, real_groups=owners, generated_groups=owners)
+        near = gap.neighbour_separability(a, generated=b, real_groups=owners, generated_groups=owners)
+        scores |= {"linear_separability": whole(linear), "neighbour_separability": whole(near)}
+    return scores
+
+
+def _mean_per_class(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
+    """From sums of [right of class c ... | of class c ...]: accuracy averaged over the classes that were drawn."""
+    right, sizes = np.split(sums, 2, axis=1)
+    present = sizes > 0
+    return (right / np.where(present, sizes, 1)).sum(axis=1) / present.sum(axis=1)
+
+
+def _bleu_statistic(order: int) -> Statistic:
+    return lambda sums: bleu(sums)[:, order]
+
+
+_BLEU = tuple(_bleu_statistic(order) for order in range(4))
+
+
+def _place(row: Mapping[str, object], places: Mapping[str, int], table: str) -> int:
+    owner = row.get("owner")
+    if owner not in places:
+        raise InputError(
+            f"table {table!r}: text {row['id']!r} belongs to image {owner!r}, which is not among the test images",
+            hint="Embed images and texts of one set together.",
+        )
+    return places[str(owner)]
+
+
+def _labels(images: Table, numbers: Mapping[str, int], *, of: str) -> Int[np.ndarray, " images"]:
+    wrong = next((row for row in images.rows if str(row.get("label")) not in numbers), None)
+    if wrong is not None:
+        raise InputError(
+            f"table {images.header.name!r}: image {wrong['id']!r} has label {wrong.get('label')!r}, "
+            f"which is no class of {of}",
+            hint=f"Its classes are: {', '.join(list(numbers)[:10])}.",
+        )
+    return np.array([numbers[str(row["label"])] for row in images.rows], dtype=np.int64)

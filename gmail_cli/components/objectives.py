@@ -1,0 +1,344 @@
+"""What f_g is trained to do, and with which real image each generated image is paired (paper, section 3.2, Eq. 1).
+
+``paper`` is Eq. 1 and nothing else. The other terms exist because Eq. 1 is not always the best choice: where captions
+name a class, the other real images of a batch are not negatives at all. Embeddings are unit rows throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from gmail_cli.errors import InputError, UsageError
+
+NAMED = {"paper": "eq1", "recommended": "cosine"}
+"""Named objectives: the paper's, and the one that served best in the experiments on real images."""
+Method: TypeAlias = Literal["auto", "caption", "random", "nearest", "optimal-transport"]
+Negatives: TypeAlias = Literal["mask", "mask-caption", "keep"]
+ASSIGNED_AT_ONCE = 2000
+"""Largest one-to-one assignment that optimal transport solves in one piece (its time grows with the cube)."""
+
+
+# -- terms ---------------------------------------------------------------------------------------------------------
+
+
+def contrastive(
+    generated: Float[Tensor, "batch dim"],
+    real: Float[Tensor, "batch dim"],
+    *,
+    temperature: float = 0.07,
+    false_negatives: Bool[Tensor, "batch batch"] | None = None,
+) -> Float[Tensor, ""]:
+    """Eq. 1: each generated image must find its real partner among the real images of the batch.
+
+    ``-1/|B| sum_i log( exp(sim(g_i, r_i)/t) / sum_j exp(sim(g_i, r_j)/t) )``
+
+    Args:
+        generated: f_g of generated images.
+        real: f_r of their partners, row by row.
+        temperature: t.
+        false_negatives: True at (i, j) leaves r_j out of row i's sum; the diagonal always counts.
+    """
+    logits = generated @ real.T / temperature
+    if false_negatives is not None:
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(false_negatives & ~own, -torch.inf)
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+
+
+def cosine_regression(generated: Float[Tensor, "batch dim"], real: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Mean of 1 - cosine between each generated image and its partner: no negatives at all."""
+    return (1 - (generated * real).sum(dim=-1)).mean()
+
+
+def moment_matching(generated: Float[Tensor, "batch dim"], real: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Distance of means and covariances, each relative to the real one: CORAL (Sun and Saenko 2016) with the mean."""
+    shift = (generated.mean(dim=0) - real.mean(dim=0)).square().sum() / real.mean(dim=0).square().sum()
+    wanted = _covariance(real)
+    return shift + (_covariance(generated) - wanted).square().sum() / wanted.square().sum()
+
+
+def _covariance(x: Float[Tensor, "batch dim"]) -> Float[Tensor, "dim dim"]:
+    centred = x - x.mean(dim=0)
+    return centred.T @ centred / len(x)
+
+
+def mean_discrepancy(generated: Float[Tensor, "batch dim"], real: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Squared maximum mean discrepancy (Gretton et al. 2012), Gaussian kernels around the median distance."""
+    both = torch.cat([generated, real])
+    distances = (2 - 2 * both @ both.T).clamp_min(0)
+    median = distances.detach()[~torch.eye(len(both), dtype=torch.bool, device=both.device)].median()
+    kernel = torch.stack([torch.exp(-distances / (scale * median)) for scale in (0.25, 1.0, 4.0)]).mean(dim=0)
+    n = len(generated)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+_TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?)\*)?(?P<name>eq1|symmetric|cosine|coral|mmd)")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of terms.
+
+    Attributes:
+        terms: (name, weight) of ``eq1``, ``symmetric`` (the mean of Eq. 1 both ways), ``cosine``, ``coral``, ``mmd``.
+        temperature: Of ``eq1`` and ``symmetric``.
+    """
+
+    terms: tuple[tuple[str, float], ...]
+    temperature: float = 0.07
+
+    @classmethod
+    def parse(cls, text: str, *, temperature: float = 0.07) -> Objective:
+        """Read ``paper``, ``recommended`` or a sum such as ``cosine+0.5*eq1``.
+
+        Raises:
+            UsageError: No such term.
+        """
+        found = [_TERM.fullmatch(part) for part in NAMED.get(text, text).split("+")]
+        terms = [(match["name"], float(match["weight"] or 1)) for match in found if match]
+        if len(terms) < len(found) or not all(weight > 0 for _, weight in terms):
+            hint = "Write paper, recommended, or a sum of eq1, symmetric, cosine, coral and mmd: cosine+0.5*eq1."
+            raise UsageError(f"align.objective = {text!r} is no objective", hint=hint)
+        return cls(tuple(terms), temperature)
+
+    def __str__(self) -> str:
+        return "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in self.terms)
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether any term has negatives (and so a temperature)."""
+        return any(name in {"eq1", "symmetric"} for name, _ in self.terms)
+
+    def __call__(
+        self,
+        generated: Float[Tensor, "batch dim"],
+        real: Float[Tensor, "batch dim"],
+        *,
+        false_negatives: Bool[Tensor, "batch batch"] | None = None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss, and each term's value before its weight."""
+
+        def eq1(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+            return contrastive(a, b, temperature=self.temperature, false_negatives=mask)
+
+        def symmetric() -> Tensor:
+            turned = None if false_negatives is None else false_negatives.T
+            return (eq1(generated, real, false_negatives) + eq1(real, generated, turned)) / 2
+
+        functions: Mapping[str, Callable[[], Tensor]] = {
+            "eq1": lambda: eq1(generated, real, false_negatives),
+            "symmetric": symmetric,
+            "cosine": lambda: cosine_regression(generated, real),
+            "coral": lambda: moment_matching(generated, real),
+            "mmd": lambda: mean_discrepancy(generated, real),
+        }
+        values = {name: functions[name]() for name, _ in self.terms}
+        loss = torch.stack([weight * values[name] for name, weight in self.terms]).sum()
+        return loss, {name: value.detach() for name, value in values.items()}
+
+
+def false_negatives(
+    partners: Int[np.ndarray, " batch"], *, captions: Int[np.ndarray, " batch"], mode: Negatives
+) -> Bool[Tensor, "batch batch"] | None:
+    """Which real images of a batch are no negatives of which generated ones.
+
+    Args:
+        partners: The real image of each row. Several captions of one image give generated siblings with one partner.
+        captions: A number for each row's caption; equal for equal texts.
+        mode: ``mask`` leaves siblings out, ``mask-caption`` also rows of the same caption text, ``keep`` none.
+    """
+    if mode == "keep":
+        return None
+    same = partners[:, None] == partners[None, :]
+    if mode == "mask-caption":
+        same |= captions[:, None] == captions[None, :]
+    return torch.from_numpy(same)
+
+
+# -- partners ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Pairing:
+    """The real images each generated image may be paired with.
+
+    Attributes:
+        method: How they were found: ``caption``, ``random``, ``nearest`` or ``optimal-transport``.
+        candidates: Real rows; those of generated row i are ``candidates[start[i] : start[i] + size[i]]``.
+        start: Where each generated row's candidates begin.
+        size: How many it has; above 1 one is drawn anew at each step.
+    """
+
+    method: str
+    candidates: Int[np.ndarray, " candidates"]
+    start: Int[np.ndarray, " generated"]
+    size: Int[np.ndarray, " generated"]
+
+    def rows(self, indices: Int[np.ndarray, " batch"], *, seed: int) -> Int[np.ndarray, " batch"]:
+        """The real row of each generated row; ``seed`` decides where there is a choice."""
+        drawn = np.random.default_rng(seed).random(len(indices))
+        return self.candidates[self.start[indices] + (drawn * self.size[indices]).astype(np.int64)]
+
+    def with_candidates(self, rows: Int[np.ndarray, " real"]) -> Pairing:
+        """The same pairing where real image i of the pairing is row ``rows[i]`` of a larger table."""
+        return dataclasses.replace(self, candidates=rows[self.candidates])
+
+
+@dataclass(frozen=True)
+class RealImage:
+    """What pairing needs to know of a real image: its id, its captions' texts and its class."""
+
+    id: str
+    texts: frozenset[str]
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class GeneratedFrom:
+    """What pairing needs to know of a generated image: the caption it was drawn from, its owner and its class."""
+
+    owner: str
+    text: str
+    label: str | None = None
+
+
+def pair(
+    generated: Sequence[GeneratedFrom],
+    real: Sequence[RealImage],
+    *,
+    method: Method = "auto",
+    generated_vectors: Float[np.ndarray, "generated dim"] | None = None,
+    real_vectors: Float[np.ndarray, "real dim"] | None = None,
+    seed: int = 0,
+) -> Pairing:
+    """Find the real images that each generated image is trained towards.
+
+    ``caption`` takes the image that the caption describes (its owner). The others choose among all real images of the
+    same caption text (or class, where no image has the text): ``random`` draws one anew each time, ``nearest`` takes
+    the most similar under f_r, ``optimal-transport`` the one-to-one assignment of greatest total similarity.
+    ``auto`` is ``caption`` where owners are at hand and ``random`` elsewhere.
+
+    Args:
+        generated: One entry for each generated image.
+        real: One entry for each real image.
+        method: See above.
+        generated_vectors: f_r of the generated images; for ``nearest`` and ``optimal-transport``.
+        real_vectors: f_r of the real images; likewise.
+        seed: Of the pieces that a large assignment is cut into.
+
+    Raises:
+        InputError: Some generated image has no partner.
+    """
+    row_of = {image.id: row for row, image in enumerate(real)}
+    owned = [row_of.get(image.owner, -1) for image in generated]
+    if method == "auto":
+        method = "caption" if owned and min(owned) >= 0 else "random"
+    if method == "caption":
+        _require_all(owned, generated, what="owner's image", hint="Set align.pairing=random.")
+        return _fixed(method, np.array(owned, dtype=np.int64))
+
+    groups = _groups(real)
+    keys = [_key(image, groups) for image in generated]
+    _require_all([0 if key else -1 for key in keys], generated, what="real image of its caption", hint="")
+    members: dict[tuple[str, str], list[int]] = {}
+    for row, key in enumerate(keys):
+        members.setdefault(key or ("", ""), []).append(row)
+    if method == "random":
+        start, size = np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=np.int64)
+        pieces: list[int] = []
+        for key, rows in members.items():
+            start[rows], size[rows] = len(pieces), len(groups[key])
+            pieces += groups[key]
+        return Pairing(method, np.array(pieces, dtype=np.int64), start, size)
+
+    assert generated_vectors is not None, "nearest and optimal-transport need f_r of both"
+    assert real_vectors is not None, "nearest and optimal-transport need f_r of both"
+    chosen = np.full(len(keys), -1, dtype=np.int64)
+    choose = _nearest if method == "nearest" else _assigned
+    for key, rows in members.items():
+        there = np.array(groups[key], dtype=np.int64)
+        rng = np.random.default_rng(seed)
+        chosen[rows] = there[choose(generated_vectors[rows], real_vectors[there], rng)]
+    return _fixed(method, chosen)
+
+
+def has_partner(generated: Sequence[GeneratedFrom], real: Sequence[RealImage]) -> Bool[np.ndarray, " generated"]:
+    """Which generated images have their owner, or an image of their caption text or class, among ``real``."""
+    ids, groups = {image.id for image in real}, _groups(real)
+    return np.array([image.owner in ids or _key(image, groups) is not None for image in generated], dtype=bool)
+
+
+def _groups(real: Sequence[RealImage]) -> dict[tuple[str, str], list[int]]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, image in enumerate(real):
+        for text in sorted(image.texts):
+            groups.setdefault(("text", text), []).append(row)
+        if image.label is not None:
+            groups.setdefault(("label", image.label), []).append(row)
+    return groups
+
+
+def _key(image: GeneratedFrom, groups: Mapping[tuple[str, str], list[int]]) -> tuple[str, str] | None:
+    wanted = [("text", image.text)] + ([("label", image.label)] if image.label is not None else [])
+    return next((key for key in wanted if key in groups), None)
+
+
+def _require_all(rows: Sequence[int], generated: Sequence[GeneratedFrom], *, what: str, hint: str) -> None:
+    missing = [image for row, image in zip(rows, generated, strict=True) if row < 0]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(generated)} generated images have no {what} among the real images, "
+            f"such as {missing[0].text!r} (owner {missing[0].owner!r})",
+            hint=hint or "Give the real images of these captions as data.train.",
+        )
+
+
+def _fixed(method: str, rows: Int[np.ndarray, " generated"]) -> Pairing:
+    return Pairing(method, rows, np.arange(len(rows)), np.ones(len(rows), dtype=np.int64))
+
+
+def _nearest(
+    generated: Float[np.ndarray, "generated dim"], real: Float[np.ndarray, "real dim"], _rng: np.random.Generator
+) -> Int[np.ndarray, " generated"]:
+    pieces = [generated[start : start + 1024] @ real.T for start in range(0, len(generated), 1024)]
+    return np.concatenate([piece.argmax(axis=1) for piece in pieces])
+
+
+def _assigned(
+    generated: Float[np.ndarray, "generated dim"], real: Float[np.ndarray, "real dim"], rng: np.random.Generator
+) -> Int[np.ndarray, " generated"]:
+    """One-to-one within random pieces of at most ``ASSIGNED_AT_ONCE`` (minibatch optimal transport)."""
+    from scipy.optimize import linear_sum_assignment
+
+    step = min(len(real), ASSIGNED_AT_ONCE)
+    order = rng.permutation(len(generated))
+    left = rng.permutation(len(real))
+    chosen = np.empty(len(generated), dtype=np.int64)
+    for start in range(0, len(order), step):
+        rows = order[start : start + step]
+        if len(left) < len(rows):
+            left = rng.permutation(len(real))
+        there, left = left[:step], left[step:]
+        _, best = linear_sum_assignment(generated[rows] @ real[there].T, maximize=True)
+        chosen[rows] = there[best]
+    return chosen
+
+
+def held_out(ids: Sequence[str], *, share: float, seed: int) -> frozenset[str]:
+    """``share`` of the distinct ids, chosen by a hash of seed and id: the same ones in whatever order they come."""
+
+    def rank(identity: str) -> bytes:
+        return hashlib.sha256(f"{seed}\x1f{identity}".encode()).digest()
+
+    distinct = sorted(set(ids), key=rank)
+    return frozenset(distinct[: round(share * len(distinct))])

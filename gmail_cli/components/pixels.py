@@ -1,0 +1,58 @@
+"""Preprocessed pixels of a training set, decoded once where memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from gmail_cli.components.images import Preprocess
+
+IN_MEMORY = 4 * 2**30
+"""Bytes of 8-bit pixels that are kept; a larger set is decoded again for every batch."""
+
+
+class Pixels:
+    """Random access to preprocessed images, held as the 8-bit values they were resized to."""
+
+    def __init__(
+        self,
+        image_bytes: Callable[[int], bytes],
+        count: int,
+        *,
+        preprocess: Preprocess,
+        device: torch.device,
+        workers: int = 2,
+        in_memory: int = IN_MEMORY,
+    ) -> None:
+        self._image_bytes = image_bytes
+        self._preprocess = preprocess
+        self._device = device
+        self._mean = np.array(preprocess.mean, dtype=np.float32)[:, None, None]
+        self._std = np.array(preprocess.std, dtype=np.float32)[:, None, None]
+        self._pool = ThreadPoolExecutor(max(1, workers))
+        self._held: UInt8[np.ndarray, "count 3 size size"] | None = None
+        shape = (count, 3, preprocess.size, preprocess.size)
+        if np.prod(shape) <= in_memory:
+            self._held = np.empty(shape, dtype=np.uint8)
+            for row, image in enumerate(self._pool.map(self._decode, range(count))):
+                self._held[row] = image
+
+    def __getitem__(self, rows: Int[np.ndarray, " batch"]) -> Float[Tensor, "batch 3 size size"]:
+        """What the image tower reads for these rows, on the device; equal to ``Preprocess`` on each."""
+        if self._held is not None:
+            values = self._held[rows]
+        else:
+            values = np.stack(list(self._pool.map(self._decode, rows.tolist())))
+        pixels = torch.from_numpy(values).to(self._device).float()
+        mean, std = (torch.from_numpy(each).to(self._device) for each in (self._mean, self._std))
+        return pixels.div_(255).sub_(mean).div_(std)
+
+    def _decode(self, row: int) -> UInt8[np.ndarray, "3 size size"]:
+        """The resized image before normalisation, which is undone exactly: it started from 8-bit values."""
+        normalised = self._preprocess(self._image_bytes(row), name=f"image {row}")
+        return np.rint((normalised * self._std + self._mean) * 255).astype(np.uint8)

@@ -1,0 +1,40 @@
+"""What an evaluation looks like: one self-contained HTML page, Markdown, and a page of search results.
+
+Records and results in, text out. Every string that comes from data is escaped; the pages hold no script and
+forbid any through their content security policy.
+"""
+
+from __future__ import annotations
+
+from gmail_cli.components.report.names import task_title
+from gmail_cli.components.report.pages import html, markdown, search_page
+from gmail_cli.components.report.records import (
+    Breakdown,
+    CaptionExample,
+    Chart,
+    Cloud,
+    Curve,
+    Picture,
+    PictureRow,
+    Report,
+)
+from gmail_cli.components.report.thumbnails import thumbnail
+from gmail_cli.components.report.verdict import Verdict, verdict
+
+__all__ = [
+    "Breakdown",
+    "CaptionExample",
+    "Chart",
+    "Cloud",
+    "Curve",
+    "Picture",
+    "PictureRow",
+    "Report",
+    "Verdict",
+    "html",
+    "markdown",
+    "search_page",
+    "task_title",
+    "thumbnail",
+    "verdict",
+]

@@ -1,0 +1,212 @@
+"""From tables, ranks and records to what a report shows. Examples are chosen by rule, never by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gmail_cli.components import search
+from gmail_cli.components.captions import Dataset
+from gmail_cli.components.images import GeneratedSet
+from gmail_cli.components.metrics.gap import plot_coordinates
+from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks
+from gmail_cli.components.report.names import arm_rank
+from gmail_cli.components.report.records import Breakdown, CaptionExample, Chart, Cloud, Curve, Picture, PictureRow
+from gmail_cli.components.report.thumbnails import thumbnail
+
+SHOWN_HITS = 6
+"""Images shown for a query, and generated images shown for a caption."""
+CLOUD_POINTS = 500
+"""Most points of each colour."""
+CURVE_POINTS = 160
+"""Most points of a training curve; longer ones are averaged in equal stretches."""
+MOST_LABELS = 40
+
+Thumbnails = Callable[[str], bytes | None]
+"""Id of a test image -> its thumbnail, where the image is at hand."""
+
+
+def recall_charts(ranks: Mapping[str, Sequence[RetrievalRanks]], *, most: int) -> tuple[Chart, ...]:
+    """Recall at 1 .. ``most`` for each arm (averaged over its models), one chart per direction."""
+    ks = tuple(range(1, most + 1))
+    charts = []
+    for title, direction in (("Text to image", "text_to_image"), ("Image to text", "image_to_text")):
+        curves = []
+        for arm, found in ranks.items():
+            each: list[Ranks] = [getattr(one, direction) for one in found]
+            recalls = tuple(100 * float(np.mean([one.hits(k).mean() for one in each])) for k in ks)
+            curves.append(Curve(arm, arm, ks, recalls))
+        charts.append(Chart(title, "k", "per cent of queries with a right answer among the first k", tuple(curves)))
+    return tuple(charts)
+
+
+def breakdown(
+    title: str, *, labels: Sequence[str], correct: Mapping[str, Float[np.ndarray, " images"]]
+) -> Breakdown | None:
+    """Accuracy by label, most helped by alignment first; None for fewer than two labels.
+
+    Args:
+        title: What is measured.
+        labels: The label of each test image.
+        correct: Arm -> probability of being right for each test image.
+    """
+    names, rows = np.unique(np.array(labels), return_inverse=True)
+    counts = np.bincount(rows)
+    if not 2 <= len(names) <= MOST_LABELS:
+        return None
+    arms = {
+        arm: np.bincount(rows, weights=values) / counts
+        for arm, values in sorted(correct.items(), key=lambda item: arm_rank(item[0]))
+    }
+    aligned, naive = arms.get("generated-aligned"), arms.get("generated-naive")
+    gain = aligned - naive if aligned is not None and naive is not None else -next(iter(arms.values()))
+    order = np.argsort(-gain, kind="stable")
+    return Breakdown(
+        title,
+        tuple(names[order].tolist()),
+        tuple(counts[order].tolist()),
+        {arm: tuple(values[order].tolist()) for arm, values in arms.items()},
+    )
+
+
+def clouds(
+    real: Float[np.ndarray, "r dim"],
+    *,
+    naive: Float[np.ndarray, "g dim"],
+    aligned: Float[np.ndarray, "g dim"],
+) -> tuple[Cloud, Cloud]:
+    """Before and after alignment in one plane: the first two principal components of all three sets together."""
+    real, naive, aligned = (part[_evenly(len(part), CLOUD_POINTS)] for part in (real, naive, aligned))
+    generated = np.concatenate([naive, aligned])
+    plane = plot_coordinates(real, generated=generated, method="pca", limit=len(generated) + len(real))
+    before, after = plane.generated[: len(naive)], plane.generated[len(naive) :]
+    return (
+        Cloud("Before", "generated images through f_r", plane.real, before),
+        Cloud("After", "generated images through f_g", plane.real, after),
+    )
+
+
+def pairs(generated: GeneratedSet, *, real: Dataset, count: int, side: int) -> tuple[PictureRow, ...]:
+    """For evenly chosen captions: the real image, where there is one, and the images generated from the caption."""
+    of_caption: dict[tuple[str, str], list[int]] = {}
+    for row, record in enumerate(generated.rows):
+        of_caption.setdefault((record.owner, record.caption_id), []).append(row)
+    captions = list(of_caption)
+    places = {image.id: row for row, image in enumerate(real.images)} if real.has_images else {}
+    shown = []
+    for chosen in _evenly(len(captions), count).tolist():
+        rows = of_caption[captions[chosen]][:SHOWN_HITS]
+        owner = generated.rows[rows[0]].owner
+        pictures = []
+        if owner in places:
+            pictures.append(Picture(thumbnail(real.image_bytes(places[owner]), side=side), "real", marked=True))
+        pictures += [
+            Picture(thumbnail(generated.image_bytes(row), side=side), f"generated, k = {generated.rows[row].k}")
+            for row in rows
+        ]
+        shown.append(PictureRow(generated.rows[rows[0]].caption, tuple(pictures)))
+    return tuple(shown)
+
+
+def retrievals(
+    images: Float[np.ndarray, "images dim"],
+    *,
+    texts: Float[np.ndarray, "texts dim"],
+    image_ids: Sequence[str],
+    captions: Sequence[str],
+    ranks: Ranks,
+    thumbnails: Thumbnails,
+    note: str,
+    count: int,
+) -> tuple[tuple[PictureRow, ...], tuple[PictureRow, ...]]:
+    """The surest right text-to-image retrievals (largest lead over the second) and the worst misses.
+
+    Args:
+        images: The candidates.
+        texts: The queries, in the order of ``ranks.query``.
+        image_ids: Id of each candidate.
+        captions: Text of each query.
+        ranks: Text-to-image ranks.
+        thumbnails: Where pictures come from.
+        note: What model this was.
+        count: How many of each; one per image.
+    """
+    if len(images) < 2 or not count:
+        return (), ()
+    best = search.exact(images, texts, k=SHOWN_HITS)
+    lead = np.where(best.ids[:, 0] == ranks.image, best.scores[:, 0] - best.scores[:, 1], -np.inf)
+    surest = [row for row in np.argsort(-lead, kind="stable").tolist() if np.isfinite(lead[row])]
+    worst = [row for row in np.argsort(-ranks.greater, kind="stable").tolist() if ranks.greater[row] > 0]
+
+    def shown(rows: Sequence[int]) -> tuple[PictureRow, ...]:
+        chosen: dict[int, int] = {}
+        for row in rows:
+            if len(chosen) < count:
+                chosen.setdefault(int(ranks.image[row]), row)
+        return tuple(_retrieval(row) for row in chosen.values())
+
+    def _retrieval(row: int) -> PictureRow:
+        right = int(ranks.image[row])
+        place = int(ranks.greater[row]) + 1
+        listed = [
+            (int(image), f"{score:.3f}", int(image) == right)
+            for image, score in zip(best.ids[row], best.scores[row], strict=True)
+        ]
+        if all(not mark for *_, mark in listed):
+            score = float(images[right].astype(np.float32) @ texts[row].astype(np.float32))
+            listed = [*listed[:-1], (right, f"{score:.3f}, place {place:,}", True)]
+        pictures = [
+            Picture(data, label, marked)
+            for image, label, marked in listed
+            if (data := thumbnails(image_ids[image])) is not None
+        ]
+        return PictureRow(captions[row], tuple(pictures), f"place {place:,} of {len(images):,}; {note}")
+
+    return shown(surest), shown(worst)
+
+
+def caption_examples(
+    ids: Sequence[str],
+    *,
+    references: Mapping[str, Sequence[str]],
+    predictions: Mapping[str, Mapping[str, str]],
+    thumbnails: Thumbnails,
+    count: int,
+) -> tuple[CaptionExample, ...]:
+    """Evenly chosen test images with what each arm (arm -> image id -> caption) says of them."""
+    arms = sorted(predictions, key=arm_rank)
+    examples = []
+    for row in _evenly(len(ids), count).tolist():
+        data = thumbnails(ids[row])
+        picture = Picture(data) if data is not None else None
+        said = tuple((arm, predictions[arm][ids[row]]) for arm in arms)
+        examples.append(CaptionExample(picture, tuple(references[ids[row]]), said))
+    return tuple(examples)
+
+
+def training_chart(title: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart | None:
+    """Training loss over steps for each arm, averaged over equal stretches; None without steps.
+
+    Args:
+        title: What was trained.
+        curves: Arm -> rows of ``metrics.jsonl`` with ``step`` and ``loss``.
+    """
+    lines = []
+    for arm, rows in curves.items():
+        steps = np.array([row["step"] for row in rows], dtype=np.float64)
+        losses = np.array([row["loss"] for row in rows], dtype=np.float64)
+        if len(rows) < 2:
+            continue
+        stretches = np.array_split(np.arange(len(rows)), min(CURVE_POINTS, len(rows)))
+        x = tuple(float(steps[part].mean()) for part in stretches)
+        y = tuple(float(losses[part].mean()) for part in stretches)
+        lines.append(Curve(arm, arm, x, y))
+    return Chart(title, "step", "loss", tuple(lines)) if lines else None
+
+
+def _evenly(length: int, count: int) -> Int[np.ndarray, " chosen"]:
+    """At most ``count`` of ``length`` positions, spread evenly."""
+    return np.unique(np.linspace(0, max(length - 1, 0), min(length, count)).round().astype(np.int64))[:length]

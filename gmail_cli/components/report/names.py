@@ -1,0 +1,124 @@
+"""How metrics, arms and tasks are called and in which order they stand; which way a metric is better."""
+
+from __future__ import annotations
+
+ARMS = ("none", "generated-naive", "generated-aligned", "mixed", "real")
+"""Order of the arms: from nothing learned to the real images everybody wants to match."""
+
+ARM_NOTES = {
+    "none": "no training: the encoder as it came",
+    "generated-naive": "generated images, taken as if they were real",
+    "generated-aligned": "generated images, through the aligned encoder (GMAIL)",
+    "mixed": "generated and real images together",
+    "real": "real images: the ceiling",
+}
+
+TASK_LABELS = {
+    "clip-text": "the text tower",
+    "clip": "CLIP",
+    "clipcap": "captioning",
+    "linear-probe": "the linear probe",
+    "gap": "the modality gap",
+}
+
+GAP_METRICS = (
+    "paired_cosine",
+    "unpaired_cosine",
+    "centroid_cosine",
+    "centroid_distance",
+    "frechet_distance",
+    "linear_separability",
+    "neighbour_separability",
+)
+"""Metrics of the modality gap, shown as they are; all others are shown times 100."""
+
+FAMILIES = ("retrieval", "long captions", "classification", "captions")
+
+_LABELS = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "paired_cosine": "cosine of a generated image with the real one of its caption",
+    "unpaired_cosine": "cosine with the real image of another caption",
+    "centroid_cosine": "cosine of the two means",
+    "centroid_distance": "distance of the two means",
+    "frechet_distance": "Fréchet distance",
+    "linear_separability": "told apart by a linear probe (0.5 = not at all)",
+    "neighbour_separability": "told apart by their nearest neighbours (0.5 = not at all)",
+}
+_PARTS = (
+    ("text_to_image", "text→image"),
+    ("image_to_text", "image→text"),
+    ("zero_shot_", "zero-shot "),
+    ("top_1_accuracy", "accuracy"),
+    ("top_5_accuracy", "top-5 accuracy"),
+    ("mean_per_class_accuracy", "mean per class"),
+    ("true_recall_at_", "true R@"),
+    ("recall_at_", "R@"),
+    ("mean_reciprocal_rank", "1/rank"),
+    ("_", " "),
+)
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name for people: ``text_to_image_recall_at_5`` is ``text→image R@5``."""
+    if metric in _LABELS:
+        return _LABELS[metric]
+    for name, label in _PARTS:
+        metric = metric.replace(name, label)
+    return metric
+
+
+def task_label(task: str) -> str:
+    """A task's name for people, to stand inside a sentence."""
+    return TASK_LABELS.get(task, task)
+
+
+def task_title(task: str) -> str:
+    """A task's name for people, as a title."""
+    title = task_label(task).removeprefix("the ")
+    return title[:1].upper() + title[1:]
+
+
+def family(metric: str) -> str:
+    """Which of ``FAMILIES`` a task's metric belongs to: metrics of one family share a table."""
+    if metric.startswith("long_"):
+        return "long captions"
+    if metric.startswith(("text_to_image", "image_to_text")):
+        return "retrieval"
+    return "classification" if metric.endswith("_accuracy") else "captions"
+
+
+def scale(metric: str) -> int:
+    """What a value is multiplied with to be shown: 100 for shares and caption scores, 1 for the gap."""
+    return 1 if metric in GAP_METRICS else 100
+
+
+def show(metric: str, value: float | None, *, signed: bool = False) -> str:
+    """A value of a metric as text: three decimals for the gap, otherwise one, with a proper minus sign."""
+    if value is None:
+        return "–"
+    digits = 3 if metric in GAP_METRICS else 1
+    return f"{scale(metric) * value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(metric: str, low: float, high: float, *, signed: bool = False) -> str:
+    """``1.2 to 3.4`` in the unit the metric is shown in."""
+    return f"{show(metric, low, signed=signed)} to {show(metric, high, signed=signed)}"
+
+
+def arm_rank(arm: str) -> int:
+    """Where an arm stands; unknown ones last."""
+    return ARMS.index(arm) if arm in ARMS else len(ARMS)
+
+
+def metric_rank(metric: str) -> tuple[int, str, int]:
+    """Where a metric stands: families in their order, text-to-image before image-to-text, k by size."""
+    name, _, k = metric.rpartition("_")
+    number = int(k) if k.isdecimal() else 0
+    direction = "0" if "text_to_image" in name else "1" if "image_to_text" in name else "2"
+    return (FAMILIES.index(family(metric)), direction + (name if number else metric), number)

@@ -1,0 +1,355 @@
+"""From what each model did with each test query to results: intervals, spread over seeds, comparisons, regressions.
+
+A metric is kept as columns that can be summed over test queries, so that one bootstrap by image serves them all
+(:func:`gmail_cli.components.metrics.intervals.bootstrap_sums`), and so that two models can be compared query by query.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gmail_cli.components.metrics.intervals import bootstrap_sums, holm, paired_difference, seed_summary
+from gmail_cli.errors import UsageError
+
+SCHEMA = "gmail.results/1"
+
+HEADLINES = (
+    "text_to_image_recall_at_1",
+    "image_to_text_recall_at_1",
+    "zero_shot_top_1_accuracy",
+    "probe_top_1_accuracy",
+    "cider",
+    "long_text_to_image_recall_at_1",
+    "long_image_to_text_recall_at_1",
+)
+"""Metrics that models are compared on; all are means over queries, and more is better."""
+
+TREATMENT = "generated-aligned"
+BASELINES = ("generated-naive", "real", "none")
+"""What GMAIL's arm is compared with."""
+
+Statistic: TypeAlias = Callable[[Float[np.ndarray, "draws columns"]], Float[np.ndarray, " draws"]]
+
+
+def mean_of(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
+    """The mean, from the sums of (value, 1)."""
+    return sums[:, 0] / sums[:, 1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """One metric of one model.
+
+    Attributes:
+        columns: One row per test query; the metric is ``statistic`` of their sums.
+        groups: The image of each query: what the bootstrap draws. None for a number that is known only as a whole
+            and has no interval.
+        statistic: From sums, one row per draw, to the metric.
+    """
+
+    columns: Float[np.ndarray, "queries columns"]
+    groups: Int[np.ndarray, " queries"] | None
+    statistic: Statistic = mean_of
+    queries: int = 0
+
+    @classmethod
+    def mean(cls, values: Float[np.ndarray, " queries"], *, groups: Int[np.ndarray, " queries"]) -> Scores:
+        """A metric that is the mean of one value per query."""
+        values = np.asarray(values, dtype=np.float64)
+        return cls(columns=np.stack([values, np.ones(len(values))], axis=1), groups=groups, queries=len(values))
+
+    @classmethod
+    def whole(cls, value: float, *, queries: int) -> Scores:
+        """A number without an interval."""
+        return cls(columns=np.array([[value, 1.0]]), groups=None, queries=queries)
+
+    @property
+    def value(self) -> float:
+        """The metric."""
+        return float(self.statistic(self.columns.sum(axis=0, keepdims=True))[0])
+
+    @property
+    def values(self) -> Float[np.ndarray, " queries"]:
+        """The value of each query of a mean."""
+        assert self.statistic is mean_of, "not a mean over queries"
+        return self.columns[:, 0]
+
+    def interval(self, *, draws: int, level: float) -> tuple[float | None, float | None]:
+        """The percentile interval from resampling images; (None, None) without groups or with one image."""
+        if self.groups is None or len(np.unique(self.groups)) < 2:
+            return None, None
+        found = bootstrap_sums(self.columns, statistic=self.statistic, groups=self.groups, draws=draws, level=level)
+        return found.low, found.high
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cell:
+    """The scores of one model: what it was trained for, on what, and how it did.
+
+    Attributes:
+        task: ``clip-text``, ``clip``, ``clipcap``, ``linear-probe`` or ``gap``.
+        arm: What it was trained on.
+        seed: Of its training; None where nothing was trained.
+        dual_projection: Whether each flow had its own projection.
+        scores: Metric name -> scores.
+    """
+
+    task: str
+    arm: str
+    seed: int | None = None
+    dual_projection: bool = False
+    scores: Mapping[str, Scores] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """``task.arm``, with ``+dual``; the same for every seed."""
+        return f"{self.task}.{self.arm}{'+dual' * self.dual_projection}"
+
+
+def over_seeds(scores: Sequence[Scores]) -> Scores:
+    """The mean of one metric over models that differ in their seed, query by query where that is possible."""
+    first = scores[0]
+    if len(scores) == 1:
+        return first
+    if first.statistic is mean_of and first.groups is not None:
+        return Scores.mean(np.mean([each.values for each in scores], axis=0), groups=first.groups)
+    if first.groups is None:
+        return Scores.whole(float(np.mean([each.value for each in scores])), queries=first.queries)
+    width, parts = first.columns.shape[1], len(scores)
+
+    def statistic(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
+        pieces = [first.statistic(sums[:, part * width : (part + 1) * width]) for part in range(parts)]
+        return np.mean(pieces, axis=0)
+
+    columns = np.concatenate([each.columns for each in scores], axis=1)
+    return Scores(columns=columns, groups=first.groups, statistic=statistic, queries=first.queries)
+
+
+def results(cells: Sequence[Cell], *, protocol: str, draws: int, level: float) -> dict[str, Any]:
+    """Everything there is to say of ``cells`` in numbers: a ``gmail.results/1`` document.
+
+    Args:
+        cells: One per model; those that differ only in their seed are summarised together.
+        protocol: Name and version of the evaluation protocol, written into every row.
+        draws: Bootstrap resamples.
+        level: Of the intervals.
+
+    Returns:
+        ``rows`` (one per cell and metric), ``aggregates`` (over seeds), ``comparisons`` (GMAIL's arm against
+        others on ``HEADLINES``, paired by query, p-values after Holm), ``shares`` (of the distance from naive to real
+        images that alignment closes) and ``metrics`` (full name -> value).
+    """
+    groups: dict[tuple[str, str, bool], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.arm, cell.dual_projection), []).append(cell)
+    rows = [
+        _row(cell, metric, scores, draws=draws, level=level, protocol=protocol)
+        for cell in cells
+        for metric, scores in cell.scores.items()
+    ]
+    aggregates = [
+        _aggregate(same, metric, draws=draws, level=level, protocol=protocol)
+        for same in groups.values()
+        for metric in same[0].scores
+    ]
+    return {
+        "schema": SCHEMA,
+        "protocol": protocol,
+        "confidence": level,
+        "resamples": draws,
+        "rows": rows,
+        "aggregates": aggregates,
+        "comparisons": _comparisons(groups, draws=draws, level=level, protocol=protocol),
+        "shares": _shares(groups, draws=draws, level=level, protocol=protocol),
+        "metrics": {f"{_name(row)}.{row['metric']}": row["mean"] for row in aggregates},
+    }
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['task']}.{row['arm']}{'+dual' * row['dual_projection']}"
+
+
+def _row(cell: Cell, metric: str, scores: Scores, *, draws: int, level: float, protocol: str) -> dict[str, Any]:
+    low, high = scores.interval(draws=draws, level=level)
+    about = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, "dual_projection": cell.dual_projection}
+    value = {"metric": metric, "value": scores.value, "low": low, "high": high, "n": scores.queries}
+    return {**about, **value, "protocol": protocol}
+
+
+def _aggregate(cells: Sequence[Cell], metric: str, *, draws: int, level: float, protocol: str) -> dict[str, Any]:
+    scores = over_seeds([cell.scores[metric] for cell in cells])
+    low, high = scores.interval(draws=draws, level=level)
+    spread = seed_summary([cell.scores[metric].value for cell in cells], level=level)
+    return {
+        "task": cells[0].task,
+        "arm": cells[0].arm,
+        "dual_projection": cells[0].dual_projection,
+        "metric": metric,
+        "mean": spread.mean,
+        "sd": spread.standard_deviation,
+        "low": low,
+        "high": high,
+        "seed_low": spread.low,
+        "seed_high": spread.high,
+        "seeds": spread.seeds,
+        "n": scores.queries,
+        "protocol": protocol,
+    }
+
+
+_Groups: TypeAlias = Mapping[tuple[str, str, bool], Sequence[Cell]]
+
+
+def _matched(
+    groups: _Groups, task: str, dual: bool, arms: Sequence[str], metric: str
+) -> tuple[list[int | None], dict[str, list[Scores]]] | None:
+    """The seeds of the first arm and each arm's scores for them, or None where an arm lacks the metric or a seed.
+
+    An arm without dual projection stands in where it has no cell with it; an arm with a single cell (``none``) stands
+    beside every seed.
+    """
+    found: dict[str, list[Scores]] = {}
+    seeds: list[int | None] = []
+    for arm in arms:
+        cells = groups.get((task, arm, dual)) or groups.get((task, arm, False)) or ()
+        by_seed = {cell.seed: cell.scores[metric] for cell in cells if metric in cell.scores}
+        seeds = seeds or list(by_seed)
+        if len(by_seed) == 1:
+            found[arm] = list(by_seed.values()) * len(seeds)
+        elif by_seed and set(seeds) <= set(by_seed):
+            found[arm] = [by_seed[seed] for seed in seeds]
+        else:
+            return None
+    return seeds, found
+
+
+def _tasks(groups: _Groups) -> list[tuple[str, bool]]:
+    return [(task, dual) for task, arm, dual in groups if arm == TREATMENT and task != "gap"]
+
+
+def _comparisons(groups: _Groups, *, draws: int, level: float, protocol: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for task, dual in _tasks(groups):
+        for metric in HEADLINES:
+            for baseline in BASELINES:
+                matched = _matched(groups, task, dual, (TREATMENT, baseline), metric)
+                if matched is None:
+                    continue
+                seeds, scores = matched
+                ours, theirs = over_seeds(scores[TREATMENT]), over_seeds(scores[baseline])
+                test = paired_difference(theirs.values, other=ours.values, groups=ours.groups, draws=draws, level=level)
+                found.append(
+                    {
+                        "task": task,
+                        "dual_projection": dual,
+                        "metric": metric,
+                        "treatment": TREATMENT,
+                        "baseline": baseline,
+                        "difference": test.difference.value,
+                        "low": test.difference.low,
+                        "high": test.difference.high,
+                        "by_seed": [
+                            a.value - b.value for a, b in zip(scores[TREATMENT], scores[baseline], strict=True)
+                        ],
+                        "seeds": len(seeds),
+                        "p_value": test.p_value,
+                        "n": ours.queries,
+                        "protocol": protocol,
+                    }
+                )
+    corrected = holm({str(n): row["p_value"] for n, row in enumerate(found)})
+    return [{**row, "p_value": corrected[str(n)]} for n, row in enumerate(found)]
+
+
+def _shares(groups: _Groups, *, draws: int, level: float, protocol: str) -> list[dict[str, Any]]:
+    """(aligned - naive) / (real - naive); None unless real is better than naive beyond its interval."""
+
+    def closed(sums: Float[np.ndarray, "draws 3"]) -> Float[np.ndarray, " draws"]:
+        naive, aligned, real = sums.T
+        return (aligned - naive) / np.maximum(real - naive, 1e-9)
+
+    found: list[dict[str, Any]] = []
+    for task, dual in _tasks(groups):
+        for metric in HEADLINES:
+            arms = (TREATMENT, "generated-naive", "real")
+            matched = _matched(groups, task, dual, arms, metric)
+            if matched is None:
+                continue
+            aligned, naive, real = (over_seeds(matched[1][arm]) for arm in arms)
+            distance = paired_difference(
+                naive.values, other=real.values, groups=naive.groups, draws=draws, level=level
+            ).difference
+            share: dict[str, float | None] = {"share": None, "low": None, "high": None}
+            if distance.low > 0:
+                columns = np.stack([naive.values, aligned.values, real.values], axis=1)
+                part = bootstrap_sums(columns, statistic=closed, groups=naive.groups, draws=draws, level=level)
+                share = {"share": part.value, "low": part.low, "high": part.high}
+            about = {"task": task, "dual_projection": dual, "metric": metric, "protocol": protocol}
+            means = {"naive": naive.value, "aligned": aligned.value, "real": real.value, "n": naive.queries}
+            found.append({**about, **means, **share})
+    return found
+
+
+# -- regressions -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fall:
+    """A metric that is worse than in the baseline by more than allowed; ``now`` is None when it is gone."""
+
+    metric: str
+    before: float
+    now: float | None
+    allowed: float
+
+    def __str__(self) -> str:
+        if self.now is None:
+            return f"{self.metric}: {100 * self.before:.2f} -> missing"
+        change = 100 * (self.now - self.before)
+        return (
+            f"{self.metric}: {100 * self.before:.2f} -> {100 * self.now:.2f} ({change:+.2f}, allowed {self.allowed:g})"
+        )
+
+
+def falls(metrics: Mapping[str, float], *, baseline: Mapping[str, float], tolerance: Mapping[str, float]) -> list[Fall]:
+    """The baseline's metrics that became worse by more than their tolerance, or are gone.
+
+    Args:
+        metrics: Full name -> value, as in ``results["metrics"]``.
+        baseline: The same of an earlier run. Measures of the modality gap are compared only when named.
+        tolerance: Metric -> points (hundredths) it may fall by: a full name, the last part of names
+            (``text_to_image_recall_at_1``) or ``all``. The most specific applies; 0 where none does.
+
+    Raises:
+        UsageError: A tolerance names no metric of the baseline, or is negative.
+    """
+    for name, points in tolerance.items():
+        known = {"all", *baseline, *(full.rpartition(".")[2] for full in baseline)}
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Use a name from results.json's metrics, or all."
+            raise UsageError(f"tolerance {name!r} is no metric of the baseline", hint=hint)
+        if not points >= 0:
+            raise UsageError(f"tolerance {name}={points:g} is negative", hint="Give the points it may fall by.")
+    found = []
+    for full, before in sorted(baseline.items()):
+        short = full.rpartition(".")[2]
+        if full.startswith("gap.") and full not in tolerance and short not in tolerance:
+            continue
+        allowed = next((tolerance[name] for name in (full, short, "all") if name in tolerance), 0.0)
+        now = metrics.get(full)
+        sign = -1 if lower_is_better(full) else 1
+        if now is None or sign * (before - now) * 100 > allowed + 1e-7:
+            found.append(Fall(full, before, now, allowed))
+    return found
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value is the better one: distances, and how well real and generated are told apart."""
+    return metric.endswith(("_distance", "_separability"))

@@ -1,0 +1,299 @@
+"""What can be trained on the images of an arm: a text tower, a whole CLIP, a captioner, a class probe.
+
+Each function returns a `Job` for the training loop. An arm differs from another only in the images (or their
+embeddings) that it shows with a caption; captions, their order and the number of steps are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gmail_cli.components.arms import Arm, Meeting
+from gmail_cli.components.encoders import Clip, save_clip, text_features
+from gmail_cli.components.heads import IGNORED, Captioner, Head, Probe, save_head
+from gmail_cli.components.loop import Job
+from gmail_cli.components.pairs import Pairs
+from gmail_cli.errors import InputError, UsageError
+
+Augment: TypeAlias = Literal["none", "crop", "crop-flip"]
+
+CLIP_FOLDER = "clip"
+LARGEST_SCALE = 100.0
+"""Upper bound of CLIP's inverse temperature (Radford et al. 2021)."""
+
+
+# -- image-text contrast -----------------------------------------------------------------------------------------
+
+
+def contrastive_loss(
+    images: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    *,
+    scale: Tensor,
+    positives: Bool[Tensor, "batch batch"],
+    excluded: Bool[Tensor, "batch batch"],
+) -> tuple[Tensor, Tensor]:
+    """CLIP's symmetric loss with several positives (UniCL, Yang et al. 2022), and the share of images that rank one
+    of theirs first.
+
+    Args:
+        images: Unit image embeddings.
+        texts: Unit text embeddings.
+        scale: Inverse temperature.
+        positives: Which image fits which text; symmetric, with a full diagonal.
+        excluded: Neither positives nor negatives (siblings); symmetric, disjoint from ``positives``.
+    """
+    logits = (scale * images @ texts.T).masked_fill(excluded, -torch.inf)
+    weights = positives / positives.sum(dim=1, keepdim=True)
+
+    def one_way(scores: Tensor) -> Tensor:
+        log_shares = scores.log_softmax(dim=1).masked_fill(~positives, 0.0)
+        return -(weights * log_shares).sum(dim=1).mean()
+
+    best = logits.detach().argmax(dim=1, keepdim=True)
+    accuracy = positives.gather(1, best).float().mean()
+    return (one_way(logits) + one_way(logits.T)) / 2, accuracy
+
+
+class _Texts:
+    """Texts tokenised once, each different text once."""
+
+    def __init__(self, clip: Clip, pairs: Pairs) -> None:
+        first = _first_of_each(pairs.text_ids)
+        self.ids = clip.tokenize([pairs.texts[row] for row in first.tolist()]).ids.to(torch.int32)
+        self.of_caption = pairs.text_ids
+
+    def embed(self, model: Any, rows: Int[Tensor, " batch"], *, device: torch.device) -> Float[Tensor, "batch dim"]:
+        """Unit embeddings, differentiable; equal texts of a batch are encoded once."""
+        different, where = torch.unique(self.of_caption[rows], return_inverse=True)
+        features = text_features(model, self.ids[different].long().to(device))
+        return functional.normalize(features.float(), dim=-1)[where.to(device)]
+
+
+def _first_of_each(ids: Int[Tensor, " captions"]) -> Int[Tensor, " different"]:
+    """Row of the first caption with each text; ids are numbered in that order."""
+    first = torch.full((int(ids.max()) + 1,), len(ids))
+    return first.scatter_reduce(0, ids, torch.arange(len(ids)), "amin")
+
+
+def clip_text_job(clip: Clip, pairs: Pairs, arm: Arm | None) -> Job:
+    """Train the text tower against frozen image embeddings (paper, 3.1 and appendix C).
+
+    Args:
+        clip: f_r; stays as it is. Its inverse temperature is trained with the text tower.
+        pairs: The captions.
+        arm: Image embeddings; None to export f_r's own text tower.
+    """
+    model = copy.deepcopy(clip.model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("visual.") and name != "logit_bias")
+    texts = _Texts(clip, pairs)
+
+    def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        assert arm is not None
+        images, _ = arm.draw(rows)
+        with _quick_attention(clip.device):
+            embedded = texts.embed(model, rows, device=clip.device)
+        return _contrast(model, images.to(clip.device), embedded, pairs, rows)
+
+    def export(folder: Path) -> None:
+        _export_clip(clip, model, folder)
+
+    return Job(module=model, loss=loss, rows=len(pairs), export=export)
+
+
+def clip_job(
+    clip: Clip, pairs: Pairs, arm: Arm, *, augment: Augment = "none", patch_dropout: float = 0.0, whole_from: int = 0
+) -> Job:
+    """Train a whole CLIP, from random weights or from given ones.
+
+    Args:
+        clip: Where to start; stays as it is.
+        pairs: The captions.
+        arm: uint8 pixels (rows, size, size, 3), cut to what the image tower reads.
+        augment: ``crop`` shifts by up to an eighth of the side, repeating the border; ``crop-flip`` also mirrors,
+            which is wrong where captions speak of left and right.
+        patch_dropout: Share of patches left out (Li et al. 2023, FLIP); vision transformers only.
+        whole_from: From this step on all patches are seen.
+
+    Raises:
+        UsageError: Patch dropout for a tower without patches to drop.
+    """
+    from open_clip.transformer import PatchDropout, VisionTransformer
+
+    model = copy.deepcopy(clip.model).requires_grad_(True).train().to(memory_format=torch.channels_last)
+    dropout = None
+    if patch_dropout:
+        if not isinstance(model.visual, VisionTransformer):
+            raise UsageError(
+                f"train.patch_dropout = {patch_dropout}: the image tower of {clip.name} has no patches to drop",
+                hint="Set it to 0, or train a vision transformer.",
+            )
+        dropout = model.visual.patch_dropout = PatchDropout(patch_dropout)
+    texts = _Texts(clip, pairs)
+    mean, std = (torch.tensor(values, device=clip.device) for values in (clip.preprocess.mean, clip.preprocess.std))
+
+    def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        stored, _ = arm.draw(rows)
+        pixels = ((augmented(stored, augment).to(clip.device).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        if dropout is not None:
+            dropout.prob = patch_dropout if step < whole_from else 0.0
+        with _quick_attention(clip.device):
+            images = functional.normalize(model.encode_image(pixels).float(), dim=-1)
+            embedded = texts.embed(model, rows, device=clip.device)
+        return _contrast(model, images, embedded, pairs, rows)
+
+    def export(folder: Path) -> None:
+        if dropout is not None:
+            model.visual.patch_dropout = nn.Identity()
+        _export_clip(clip, model, folder)
+
+    return Job(module=model, loss=loss, rows=len(pairs), export=export)
+
+
+def augmented(pixels: UInt8[Tensor, "batch size size 3"], augment: Augment) -> UInt8[Tensor, "batch size size 3"]:
+    """Shift (and mirror) each image at random; what comes in from outside repeats the border."""
+    if augment == "none":
+        return pixels
+    count, size = pixels.shape[:2]
+    reach = size // 8
+    shifts = torch.randint(-reach, reach + 1, (2, count, 1))
+    down, across = (torch.arange(size) + shifts).clamp(0, size - 1)
+    if augment == "crop-flip":
+        across = torch.where(torch.rand(count, 1) < 0.5, across.flip(1), across)
+    return pixels[torch.arange(count)[:, None, None], down[:, :, None], across[:, None, :]]
+
+
+def _contrast(
+    model: Any, images: Tensor, texts: Tensor, pairs: Pairs, rows: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    scale = model.logit_scale.exp().clamp(max=LARGEST_SCALE)
+    value, accuracy = contrastive_loss(
+        images,
+        texts,
+        scale=scale,
+        positives=pairs.same_text(rows).to(images.device),
+        excluded=pairs.siblings(rows).to(images.device),
+    )
+    return value, {"accuracy": accuracy, "temperature": 1 / scale.detach()}
+
+
+def _export_clip(clip: Clip, model: Any, folder: Path) -> None:
+    (folder / CLIP_FOLDER).mkdir()
+    save_clip(
+        dataclasses.replace(clip, model=model.eval().to(memory_format=torch.contiguous_format)), folder / CLIP_FOLDER
+    )
+
+
+@contextlib.contextmanager
+def _quick_attention(device: torch.device) -> Iterator[None]:
+    """On a CPU, attention as matrix products and a softmax: its backward pass is several times faster."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device.type != "cpu":
+        yield
+    else:
+        with sdpa_kernel([SDPBackend.MATH]):
+            yield
+
+
+# -- heads -------------------------------------------------------------------------------------------------------
+
+
+def clipcap_job(captioner: Captioner, pairs: Pairs, arm: Arm, *, meeting: Meeting | None, caption_tokens: int) -> Job:
+    """Train a prefix captioner on embeddings (ClipCap, Mokady et al. 2021).
+
+    Args:
+        captioner: Trained in place.
+        pairs: The captions.
+        arm: Image embeddings.
+        meeting: See `prepare_projection`.
+        caption_tokens: Longer captions are cut, keeping the end-of-text token.
+    """
+    finish = prepare_projection(captioner, arm, meeting)
+    device = captioner.mapping.state_dict()[next(iter(captioner.mapping.state_dict()))].device
+    first = _first_of_each(pairs.text_ids)
+    table = captioner.tokenize([pairs.texts[row] for row in first.tolist()], limit=caption_tokens)
+
+    def loss(rows: Tensor, step: int) -> Tensor:
+        features, real = arm.draw(rows)
+        tokens = table[pairs.text_ids[rows]]
+        tokens = tokens[:, : int((tokens != IGNORED).sum(dim=1).max())]
+        return captioner(features.to(device), real.to(device), tokens.to(device))
+
+    def export(folder: Path) -> None:
+        finish()
+        save_head(captioner, folder)
+
+    return Job(module=captioner, loss=loss, rows=len(pairs), export=export)
+
+
+def probe_job(probe: Probe, pairs: Pairs, arm: Arm, *, meeting: Meeting | None) -> Job:
+    """Train a class probe on embeddings, labelled by the class of the caption's image.
+
+    Raises:
+        InputError: A caption's image has no class.
+    """
+    if bool((pairs.labels < 0).any()):
+        row = int((pairs.labels < 0).nonzero()[0])
+        raise InputError(
+            f"the image of caption {pairs.texts[row][:60]!r} has no class", hint="linear-probe needs labelled data."
+        )
+    finish = prepare_projection(probe, arm, meeting)
+
+    def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        features, real = arm.draw(rows)
+        device = probe.linear.weight.device
+        logits = probe(features.to(device), real.to(device))
+        labels = pairs.labels[rows].to(device)
+        accuracy = (logits.detach().argmax(dim=1) == labels).float().mean()
+        return functional.cross_entropy(logits, labels), {"accuracy": accuracy}
+
+    def export(folder: Path) -> None:
+        finish()
+        save_head(probe, folder)
+
+    return Job(module=probe, loss=loss, rows=len(pairs), export=export)
+
+
+@torch.no_grad()
+def zero_shot_probe(clip: Clip, pairs: Pairs) -> Probe:
+    """The probe that needs no training: each class is the mean embedding of its captions (Radford et al. 2021)."""
+    probe = Probe(clip.dim, pairs.class_names).to(clip.device)
+    first = _first_of_each(pairs.text_ids)
+    embedded = torch.cat([clip.encode_texts([pairs.texts[row] for row in rows.tolist()]) for rows in first.split(256)])
+    labels = pairs.labels[first].to(clip.device)
+    for row in range(len(pairs.class_names)):
+        if not bool((labels == row).any()):
+            raise InputError(f"no caption names the class {pairs.class_names[row]!r}", hint="Leave the arm none out.")
+        centre = functional.normalize(embedded[labels == row].mean(dim=0), dim=0)
+        probe.linear.weight[row] = clip.model.logit_scale.exp() * centre / clip.dim**0.5
+    return probe
+
+
+def prepare_projection(head: Head, arm: Arm, meeting: Meeting | None) -> Any:
+    """Train only the projections of the flows that the arm shows; returns what to do after training.
+
+    An arm without real images leaves the real projection to be fitted to the ``meeting`` (`DualProjection.meet`).
+    """
+    projection = head.projection
+    if projection is None:
+        return lambda: None
+    projection.real.requires_grad_(True in arm.flows)
+    projection.generated.requires_grad_(False in arm.flows)
+    if True in arm.flows:
+        return lambda: None
+    assert meeting is not None, "an arm without real images needs paired embeddings"
+    return lambda: projection.meet(
+        functional.normalize(meeting.real.float(), dim=-1), functional.normalize(meeting.generated.float(), dim=-1)
+    )

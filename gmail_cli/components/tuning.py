@@ -1,0 +1,180 @@
+"""f_g while it is tuned: a trainable copy of f_r's image tower (paper, section 3.2).
+
+:class:`TunedTower` trains a low-rank update (LoRA, through peft) or every weight; :func:`merge` folds it back into a
+plain open_clip model. f_r itself is never touched.
+
+LoRA is computed as ``W + scale * B A`` on the weights, not by peft's wrapped layers, because peft 0.21's
+``MultiheadAttention`` adds and subtracts the update around every forward pass (the frozen weights drift by 1e-7 and a
+resumed run would end in other bytes) and applies that of ``out_proj`` twice. The adapter leaves ``out_proj`` alone,
+so what is saved behaves the same in plain peft, with and without that defect.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gmail_cli.components.encoders import Clip, tensors_digest
+from gmail_cli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class TunedTower(nn.Module):
+    """A trainable copy of an image tower: f_g while it is being tuned.
+
+    Always in eval mode: no dropout, and batch normalisation keeps f_r's statistics, so an update depends on nothing
+    but the batch. Without an adapter every weight is trained.
+    """
+
+    def __init__(self, visual: nn.Module, adapter: PeftModel | None = None) -> None:
+        super().__init__()
+        self.visual = visual
+        self.adapter = adapter
+        self.eval()
+
+    def adapted(self) -> dict[str, Tensor]:
+        """Name -> ``W + scale * B A`` of each weight the adapter changes; empty without one."""
+        if self.adapter is None:
+            return {}
+        from peft.tuners.lora import LoraLayer
+
+        weights = {}
+        for path, layer in self.adapter.base_model.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                fused = isinstance(layer.get_base_layer(), nn.MultiheadAttention)
+                name = path.replace(".base_layer", "") + (".in_proj_weight" if fused else ".weight")
+                weights[name] = self.visual.get_parameter(name) + layer.get_delta_weight("default")
+        return weights
+
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit embeddings, differentiable."""
+        features = torch.func.functional_call(self.visual, self.adapted(), (pixels,))
+        return nn.functional.normalize(features.float(), dim=-1)
+
+    @property
+    def trained(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def lora_targets(visual: nn.Module) -> tuple[str, ...]:
+    """The modules of an image tower that LoRA tunes by default.
+
+    Vision transformers: the whole ``attn`` (peft reaches a fused ``nn.MultiheadAttention`` in no other way) and both
+    layers of the MLP. Residual networks: every convolution; not the attention pool, whose weights are read without
+    calling the modules, so that plain peft would ignore an adapter there. timm towers: their linear layers.
+    """
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+
+    if isinstance(visual, ModifiedResNet):
+        return ("conv1", "conv2", "conv3", "downsample.0")
+    return ("qkv", "proj", "fc1", "fc2") if isinstance(visual, TimmModel) else ("attn", "c_fc", "c_proj")
+
+
+def add_lora(
+    clip: Clip, *, rank: int = 4, alpha: float = 8.0, targets: Sequence[str] = (), seed: int = 0
+) -> TunedTower:
+    """A copy of ``clip``'s image tower that trains a low-rank update of its weights (Hu et al. 2022).
+
+    Args:
+        clip: f_r; stays as it is.
+        rank: Rank of each update (the paper: 4).
+        alpha: The update is scaled by ``alpha / rank``.
+        targets: Names of modules to tune, as peft matches them; empty takes :func:`lora_targets`.
+        seed: Of the initial A; B starts at zero, so f_g starts as f_r.
+
+    Raises:
+        UsageError: peft cannot tune such modules, or the tower has none of that name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = sorted(targets or lora_targets(clip.model.visual))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            adapter = get_peft_model(_shell(visual), config)
+        except (ValueError, TypeError) as error:
+            hint = "Name modules of the image tower, such as attn, c_fc and c_proj."
+            raise UsageError(f"align.lora_targets = {targets}: {error}", hint=hint) from error
+    for name, parameter in adapter.named_parameters():
+        if ".out_proj." in name:
+            parameter.requires_grad_(False)
+    return TunedTower(visual, adapter)
+
+
+def unfreeze(clip: Clip) -> TunedTower:
+    """A copy of ``clip``'s image tower that trains every weight (the paper's Table 11, "full")."""
+    return TunedTower(copy.deepcopy(clip.model.visual).requires_grad_(True))
+
+
+def save_adapter(tower: TunedTower, folder: Path, *, base: str) -> None:
+    """Write the adapter as plain peft loads it: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        tower: Made by :func:`add_lora`.
+        folder: An existing folder.
+        base: Name of f_r, kept for the reader.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    assert tower.adapter is not None, "a fully tuned tower has no adapter"
+    config = tower.adapter.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": base, "inference_mode": True}
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    text = json.dumps(plain, indent=1, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    tensors = get_peft_model_state_dict(tower.adapter, save_embedding_layers=False)
+    save_file(
+        {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+
+
+def load_adapter(clip: Clip, folder: Path) -> TunedTower:
+    """The tower of an adapter saved by :func:`save_adapter` (or plain peft) over ``clip``.
+
+    Raises:
+        InputError: No adapter there, or not one of this model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # peft only warns of weights it misses
+            adapter = PeftModel.from_pretrained(_shell(visual), str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
+        hint = "Give the adapter folder of an align artifact made from the same model."
+        raise InputError(f"{folder} holds no adapter for {clip.name}: {error}", hint=hint) from error
+    return TunedTower(visual, adapter)
+
+
+def _shell(visual: nn.Module) -> nn.Module:
+    """A second module structure over the same weights: peft rewrites the structure it is given."""
+    shared = {id(tensor): tensor for tensor in (*visual.parameters(), *visual.buffers())}
+    return copy.deepcopy(visual, shared)
+
+
+def merge(clip: Clip, tower: TunedTower, *, name: str = "") -> Clip:
+    """A plain open_clip model with the tuned tower's weights folded in: f_g beside f_r's text tower."""
+    model = copy.deepcopy(clip.model)
+    with torch.no_grad():
+        model.visual.load_state_dict({**tower.visual.state_dict(), **tower.adapted()})
+    model.requires_grad_(False)
+    digest = tensors_digest(clip.config, model.state_dict())
+    return dataclasses.replace(clip, model=model, name=name or clip.name, digest=digest)

@@ -1,0 +1,190 @@
+"""What has to run: stages in order, their inputs, what is complete, and which keys changed a digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gmail_cli.artifacts import Artifact, StageKey, Workspace
+from gmail_cli.errors import InputError
+from gmail_cli.profile import Profile
+
+#: Stage -> the inputs it reads, by name. The first is required.
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "generate": (),
+    "align": ("generated",),
+    "train": ("generated", "aligned"),
+    "embed": ("generated", "aligned", "train"),
+    "index": ("embeddings",),
+    "eval": ("embeddings", "train", "aligned", "generated", "index"),
+}
+#: Input name -> the stage that makes it.
+MAKER: Mapping[str, str] = {
+    "generated": "generate",
+    "aligned": "align",
+    "train": "train",
+    "embeddings": "embed",
+    "index": "index",
+}
+_REQUIRED = {"align": "generated", "index": "embeddings", "eval": "embeddings"}
+_MODULES = {"eval": "evaluate"}
+
+Progress = Callable[[str], Callable[[int, int], None]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage of a plan.
+
+    Attributes:
+        stage: The stage's name.
+        key: What it would make.
+        state: ``complete`` (reused), ``resume`` (interrupted before) or ``run``.
+        changed: Keys in which it differs from the stage's latest artifact: ``settings.steps: 100 -> 200``.
+        path: Its folder, when complete.
+    """
+
+    stage: str
+    key: StageKey
+    state: Literal["complete", "resume", "run"]
+    changed: tuple[str, ...]
+    path: Path | None
+
+
+def module(stage: str) -> Any:
+    """The module of a stage: ``run`` and ``plan_key``."""
+    return importlib.import_module(f"gmail_cli.stages.{_MODULES.get(stage, stage)}")
+
+
+def find_inputs(
+    stage: str, workspace: Workspace, *, given: Mapping[str, Artifact], optional_only: bool = False
+) -> dict[str, Artifact]:
+    """The artifacts a single stage reads: those given, those they were made from, else the run's latest.
+
+    Args:
+        stage: The stage to run.
+        workspace: Where to look.
+        given: Input name -> artifact named by the user.
+        optional_only: The stage has another source (files), so nothing is required and nothing is guessed.
+
+    Raises:
+        InputError: A required input is neither given nor there.
+    """
+    wrong = {name: artifact for name, artifact in given.items() if artifact.stage != MAKER[name]}
+    for name, artifact in wrong.items():
+        hint = f"Give a folder made by `gmail {MAKER[name]}`."
+        raise InputError(f"--{name} {artifact.path} was made by `gmail {artifact.stage}`", hint=hint)
+    found = dict(given)
+    if given:
+        by_digest = {artifact.digest: artifact for artifact in workspace.artifacts()}
+        for origin in given.values():
+            for ancestor in _ancestors(origin, by_digest):
+                for name in INPUTS[stage]:
+                    if MAKER[name] == ancestor.stage:
+                        found.setdefault(name, ancestor)
+    elif not optional_only:
+        for name in INPUTS[stage]:
+            latest = workspace.latest(MAKER[name])
+            if latest is not None:
+                found[name] = latest
+    required = _REQUIRED.get(stage)
+    if required and required not in found and not optional_only:
+        maker = MAKER[required]
+        hint = f"Run `gmail {maker}` first, or name one with --{required} (or --run RUN)."
+        raise InputError(f"{stage} needs a {maker} artifact and {workspace.folder(maker)} has none", hint=hint)
+    return {name: found[name] for name in INPUTS[stage] if name in found}
+
+
+def _ancestors(artifact: Artifact, by_digest: Mapping[str, Artifact]) -> Iterator[Artifact]:
+    for digest in artifact.manifest["key"]["inputs"].values():
+        parent = by_digest.get(digest)
+        if parent is not None:
+            yield parent
+            yield from _ancestors(parent, by_digest)
+
+
+def steps(
+    profile: Profile, workspace: Workspace, *, stages: Sequence[str], given: Mapping[str, Artifact] | None = None
+) -> list[Step]:
+    """The plan for some stages in order, each reading what the ones before it will make.
+
+    Args:
+        profile: The experiment.
+        workspace: Where results are.
+        stages: Names of stages, in order.
+        given: Inputs that are there already.
+    """
+    digests = {name: artifact.digest for name, artifact in (given or {}).items()}
+    plan = []
+    for stage in stages:
+        wanted = {name: digests[name] for name in INPUTS[stage] if name in digests}
+        key: StageKey = module(stage).plan_key(profile, **wanted)
+        plan.append(_step(stage, key, workspace))
+        for name, maker in MAKER.items():
+            if maker == stage:
+                digests[name] = key.digest
+    return plan
+
+
+def _step(stage: str, key: StageKey, workspace: Workspace) -> Step:
+    complete = workspace.find(key)
+    if complete is not None:
+        return Step(stage=stage, key=key, state="complete", changed=(), path=complete.path)
+    latest = workspace.latest(stage)
+    changed = tuple(_differences(latest.manifest["key"], key.to_json())) if latest else ()
+    state: Literal["resume", "run"] = "resume" if workspace.is_partial(key) else "run"
+    return Step(stage=stage, key=key, state=state, changed=changed, path=None)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+    elif old != new:
+        yield f"{prefix}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def execute(
+    profile: Profile,
+    workspace: Workspace,
+    *,
+    stages: Sequence[str],
+    progress: Progress,
+    given: Mapping[str, Artifact] | None = None,
+    on_done: Callable[[Artifact, bool], None] | None = None,
+) -> dict[str, Artifact]:
+    """Run stages in order, reusing what is complete.
+
+    Args:
+        profile: The experiment.
+        workspace: Where results go.
+        stages: Names of stages, in order.
+        progress: Given a stage's name, makes its progress callback.
+        given: Inputs that are there already, by name.
+        on_done: Called with each artifact and whether it was reused.
+
+    Returns:
+        Stage -> artifact.
+    """
+    inputs = dict(given or {})
+    made: dict[str, Artifact] = {}
+    for stage in stages:
+        wanted = {name: inputs[name] for name in INPUTS[stage] if name in inputs}
+        key: StageKey = module(stage).plan_key(profile, **{name: each.digest for name, each in wanted.items()})
+        reused = workspace.find(key) is not None
+        artifact: Artifact = module(stage).run(profile, workspace, progress=progress(stage), **wanted)
+        made[stage] = artifact
+        for name, maker in MAKER.items():
+            if maker == stage:
+                inputs[name] = artifact
+        if on_done:
+            on_done(artifact, reused)
+    return made

@@ -1,0 +1,559 @@
+"""Profiles: TOML in, a frozen, typed, strict :class:`Profile` out.
+
+Order: field default < profile file < ``--set section.key=value``. No environment variable changes a result. The
+docstring under each field is its reference (``docs/reference/profile.md`` is generated from it). ``[runtime]`` never
+enters an artifact's digest: it may not change a result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gmail_cli.errors import InputError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_PROFILE = "tiny"
+LOCAL_PROFILE = Path("gmail.toml")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Integers = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
+Count = Annotated[int, Field(ge=1)]
+Limit = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"]
+ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
+StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
+
+
+class Section(BaseModel):
+    """One TOML table: frozen, unknown keys forbidden, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Data(Section):
+    """Where captions and images come from."""
+
+    train: str = "scenes:train"
+    """Captions (and real images) to generate from, align and train with: a file, folder, glob, or `scenes:train`."""
+    train_images: str = ""
+    """Folder of the real training images, where the captions file only names them. Empty: beside the file."""
+    test: str = "scenes:test"
+    """Real images and captions to evaluate on; never generated from."""
+    test_images: str = ""
+    """Folder of the real test images, where the captions file only names them. Empty: beside the file."""
+    format: Literal[
+        "auto", "coco", "karpathy", "table", "jsonl", "parquet", "webdataset", "text", "folder", "scenes"
+    ] = "auto"
+    """Format of `train` and `test`; `auto` goes by the name and the content."""
+    train_split: str = ""
+    """Split to take from a file that holds several (Karpathy JSON): `train`, `train+restval`, `val`, `test`."""
+    test_split: str = ""
+    """Split to take for `test`."""
+    train_limit: Limit = 0
+    """Use the first N training images with all their captions; 0 uses all (for `scenes:` a number is needed)."""
+    test_limit: Limit = 0
+    """Use the first N test images with all their captions; 0 uses all (for `scenes:` a number is needed)."""
+    holdout: Fraction = 0.0
+    """Share of images, chosen by a hash of their id, that `test` keeps and `train` leaves when both name one source."""
+    scene_seed: int = 0
+    """Seed of the built-in world."""
+    scene_size: Annotated[int, Field(ge=16, le=1024)] = 64
+    """Side of a rendered scene, pixels."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """What a bad record does: stop and name it, or be left out and counted."""
+    protocol: str = ""
+    """Name and version of the evaluation protocol, such as `scenes-1k/1`; written into every result row."""
+
+
+class Model(Section):
+    """The frozen real-image encoder f_r and the text tower beside it."""
+
+    clip: str = "tiny"
+    """CLIP to start from: `tiny` (shipped), a local open_clip folder, `hf-hub:owner/name`, or `ARCH/pretrained-tag`."""
+    revision: str = ""
+    """Commit of a hub model; empty takes the newest and records which it was."""
+
+
+class Generate(Section):
+    """Images from captions (the paper: Stable Diffusion v2, 50 steps, one image per caption)."""
+
+    source: Literal["pipeline", "import"] = "pipeline"
+    """`pipeline` draws images with `model`; `import` takes finished ones from `import_path`, byte for byte."""
+    import_path: str = ""
+    """`import`: the images made elsewhere, with their captions: a folder, tar, Parquet or captions file."""
+    name: str = ""
+    """Name of the generator, written into every record. Empty: the model's name, or `import`."""
+    limit: Limit = 0
+    """Use the first N image records with all their captions; 0 uses all."""
+    captions_per_image: Limit = 0
+    """Use the first N captions of each image record; 0 uses all. (`import` records the first one.)"""
+    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
+    """Kinds of captions to use."""
+    per_caption: Count = 1
+    """Images per caption: 20 image records of 5 captions give 500 images at `per_caption = 5`."""
+    model: str = "tiny"
+    """Text-to-image pipeline: `tiny` (shipped), a folder in diffusers format, or a hub id."""
+    revision: str = ""
+    """Commit of a hub model; required for one, so that the artifact says which weights drew it."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the pipeline; a CPU wants `float32`."""
+    scheduler: Literal[
+        "default",
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ] = "default"
+    """Sampler: `default` keeps the pipeline's own; another must suit it."""
+    steps: Count = 50
+    """Denoising steps."""
+    guidance: NonNegative = 7.5
+    """Classifier-free guidance scale; 1 or less turns guidance off, as turbo and LCM models want it."""
+    prompt_template: str = "{caption}"
+    """What the pipeline is told; `{caption}` stands for the caption."""
+    negative_prompt: str = ""
+    """What guidance leads away from; needs `guidance` above 1."""
+    height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
+    """Pixels; 0 takes the pipeline's own. Set `width` too."""
+    width: Annotated[int, Field(ge=0, multiple_of=8)] = 0
+    """Pixels; 0 takes the pipeline's own. Set `height` too."""
+    batch_size: Count = 8
+    """Images drawn at once. Part of the artifact's identity: another batch size moves pixels in the last bits."""
+    format: Literal["png", "jpg", "webp"] = "png"
+    """File format; `png` is lossless."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of `jpg` and `webp`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Generate:
+        if "{caption}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}}")
+        if self.negative_prompt and self.guidance <= 1:
+            raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
+        if bool(self.height) != bool(self.width):
+            raise ValueError(f"height = {self.height} and width = {self.width}: set both or neither")
+        if (self.source == "import") != bool(self.import_path):
+            raise ValueError('source = "import" and import_path = "..." go together: set both or neither')
+        return self
+
+
+class Align(Section):
+    """f_g: a copy of f_r tuned until f_g(generated) meets f_r(real) (paper, section 3.2, Eq. 1)."""
+
+    objective: Annotated[
+        str,
+        Field(
+            pattern=r"^(paper|recommended|(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|coral|mmd)"
+            r"(\+(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|coral|mmd))*)$"
+        ),
+    ] = "paper"
+    """What to minimise. `paper` is Eq. 1 and nothing else; `recommended` is what served best in docs/experiments.md.
+
+    Or a weighted sum of terms such as `cosine+0.5*eq1`: `eq1`, `symmetric` (Eq. 1 both ways), `cosine` (1 - cosine to
+    the partner, no negatives), `coral` (means and covariances), `mmd` (kernel mean discrepancy)."""
+    temperature: Positive = 0.07
+    """Temperature of `eq1` and `symmetric`."""
+    pairing: Literal["auto", "caption", "random", "nearest", "optimal-transport"] = "auto"
+    """The real partner of a generated image: the image its caption describes (`caption`), or a real image of the same
+    caption text or class: a `random` one each step, the `nearest` under f_r, or one to one by `optimal-transport`.
+    `auto` is `caption` where those images are at hand, else `random`."""
+    false_negatives: Literal["mask", "mask-caption", "keep"] = "mask"
+    """Real images of a batch that are no negatives in `eq1`: the same partner (`mask`), also the same caption text
+    (`mask-caption`), or none (`keep`)."""
+    method: Literal["lora", "full"] = "lora"
+    """Train a low-rank update, or every weight of the tower (paper, Table 11)."""
+    lora_rank: Count = 4
+    """Rank of the update (the paper's 4)."""
+    lora_alpha: Positive = 8.0
+    """The update is scaled by `lora_alpha / lora_rank`."""
+    lora_targets: Strings = ()
+    """Modules to tune, as peft matches them; empty takes a transformer's attention and MLP, a ResNet's convolutions."""
+    steps: Count = 1000
+    """Optimiser steps."""
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    """Pairs per step; `eq1` has one less negatives."""
+    lr: Positive = 1e-4
+    """Highest learning rate of AdamW."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's decay of matrices."""
+    schedule: Literal["cosine-restarts", "cosine", "constant"] = "cosine-restarts"
+    """Shape of the learning rate; the paper uses cosine with warm restarts."""
+    cycles: Count = 4
+    """Cosine cycles of `cosine-restarts`."""
+    warmup: Limit = 0
+    """Steps over which the learning rate first rises."""
+    clip_norm: Positive = 1.0
+    """Largest norm of the gradient."""
+    validation: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    """Share of the images, with all that belongs to them, kept out of training to judge alignment by; 0 for none."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the towers; weights stay fp32. bf16 needs a GPU."""
+
+
+class Train(Section):
+    """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
+
+    tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
+    """What to train: a text tower, a whole CLIP, a captioner, a class probe, or one of the shipped small models."""
+    arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
+        "none",
+        "real",
+        "generated-naive",
+        "generated-aligned",
+    )
+    """Images to train on: none; real through f_r; generated through f_r (naive) or f_g (aligned); real and aligned."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple), Field(min_length=1)] = (0,)
+    """Seeds of initial weights and data order; one cell for each. Arm `none` has one cell, for the first seed."""
+    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
+    """Kinds of captions to train on."""
+    steps: Count = 1000
+    """Optimiser steps of every cell."""
+    batch_size: Count = 256
+    """Captions per step (the paper: 256)."""
+    lr: Positive = 1e-4
+    """Highest learning rate (the paper: 1e-4)."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's weight decay of matrices (the paper: 0.01)."""
+    schedule: Literal["cosine", "cosine-restarts", "constant"] = "cosine"
+    """Learning rate after the warm-up (the paper restarts)."""
+    cycles: Count = 4
+    """Cosine cycles of `cosine-restarts`."""
+    warmup: Limit = 0
+    """Steps over which the learning rate rises."""
+    clip_norm: NonNegative = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Decay of the average of the parameters that is kept in the end; 0 keeps the last parameters."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes under autocast (GPU only); weights stay fp32."""
+    mix_ratio: Fraction = 0.5
+    """Arm `mixed`: probability that a caption is seen with its real image."""
+    dual_projection: Literal["off", "on", "both"] = "off"
+    """A projection for each flow before the head (`clipcap`, `linear-probe`); `both` trains cells without and with."""
+    architecture: str = ""
+    """`clip`: open_clip config to train from random weights: a JSON file (here, or a shipped one), or a name such as
+    ViT-B-32; empty fine-tunes f_r."""
+    vocabulary: Annotated[int, Field(ge=0)] = 0
+    """`clip` from random weights: entries of a tokenizer learned from the captions; 0 takes CLIP's own."""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """`clip`: random shifts; `crop-flip` also mirrors (wrong where captions speak of left and right)."""
+    patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """`clip`: share of patches left out during the first three quarters of the steps; vision transformers only."""
+    lm: str = "tiny"
+    """`clipcap`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub id."""
+    lm_revision: str = ""
+    """Commit of a hub language model; required for one."""
+    tune_lm: bool = False
+    """`clipcap`: train the language model too."""
+    prefix_length: Count = 8
+    """`clipcap`: prefix embeddings per image."""
+    mapping: Literal["mlp", "transformer"] = "mlp"
+    """`clipcap`: network from embedding to prefix."""
+    caption_tokens: Annotated[int, Field(ge=2)] = 64
+    """`clipcap`: longer captions are cut."""
+
+
+class Embed(Section):
+    """Unit embeddings with their ids."""
+
+    real_encoder: Literal["original", "tuned"] = "original"
+    """What real images go through at evaluation: f_r (paper, Fig. 1 and Algorithm 1), or f_g as one sentence of its
+    section 3.2 has it."""
+    templates: Annotated[Strings, Field(min_length=1)] = ("a photo of a {}.",)
+    """Prompts of zero-shot classification; `{}` stands for the class name, and their embeddings are averaged."""
+    gap_count: Limit = 1000
+    """Pairs of real and generated images to measure the modality gap on (paper, Table 14 and Fig. 3); 0 for none."""
+    batch_size: Count = 256
+    """Images or texts per forward pass."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Number format of stored vectors; they are normalised in float32 first."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the towers. bf16 needs a GPU."""
+
+    @field_validator("templates")
+    @classmethod
+    def _name_the_class(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"template {template!r} must hold {{}} once, for the class name")
+        return templates
+
+
+class Index(Section):
+    """FAISS indexes over embeddings."""
+
+    kind: Literal["auto", "flat", "hnsw", "ivf"] = "auto"
+    """Kind of index; `auto` is exact (`flat`) up to 200,000 vectors and `ivf` above."""
+    recall_target: Fraction = 0.95
+    """Recall@10 against exact search that an approximate index searches hard enough to reach."""
+    texts: bool = False
+    """Index the text tables as well as the image tables."""
+
+
+class Eval(Section):
+    """Metrics, intervals, comparisons and the report."""
+
+    recall_at: Annotated[tuple[Count, ...], BeforeValidator(_tuple), Field(min_length=1)] = (1, 5, 10)
+    """The k of recall@k."""
+    true_recall: bool = False
+    """Also report the share of all correct items among the first k, beside whether any is."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Bootstrap resamples, drawn by image, behind every interval."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    """Level of the intervals."""
+    meteor: Literal["auto", "on", "off"] = "auto"
+    """METEOR needs Java; `auto` leaves it out where there is none, `on` fails."""
+    beams: Count = 1
+    """Beams that captions are generated with; 1 is greedy."""
+    caption_tokens: Count = 48
+    """Most tokens of a generated caption."""
+    shared_captions: Literal["auto", "fail", "report"] = "auto"
+    """Captions that training and test set share: stop, or count them in the report. `auto` stops unless captions
+    repeat inside the test set itself, as those made of class names do. Shared images always stop."""
+    examples: Limit = 6
+    """Rows of images, retrievals and captions that the report shows of each sort."""
+    thumbnail: Annotated[int, Field(ge=16, le=512)] = 96
+    """Longest side of an image in the report, pixels."""
+
+
+class Runtime(Section):
+    """How to run, never what comes out; left out of every digest."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to compute on; `auto` takes a GPU when torch sees one."""
+    threads: Limit = 0
+    """CPU threads for torch; 0 leaves torch's default."""
+    workers: Limit = 2
+    """Threads that decode and encode images."""
+    checkpoint_seconds: NonNegative = 30.0
+    """Least time between two training checkpoints, seconds."""
+
+
+class Profile(Section):
+    """A whole experiment: what to make, from what, and how."""
+
+    name: str = "custom"
+    """Name of the profile; also the name of the run when `--run` is not given."""
+    summary: str = ""
+    """One line: what it does, what it costs, what it should reach."""
+    stages: Annotated[tuple[StageName, ...], BeforeValidator(_tuple)] = (
+        "generate",
+        "align",
+        "train",
+        "embed",
+        "index",
+        "eval",
+    )
+    """Stages `gmail run` runs, in order."""
+    seed: int = 0
+    """Seed everything random is derived from."""
+    data: Data = Data()
+    model: Model = Model()
+    generate: Generate = Generate()
+    align: Align = Align()
+    train: Train = Train()
+    embed: Embed = Embed()
+    index: Index = Index()
+    eval: Eval = Eval()
+    runtime: Runtime = Runtime()
+
+
+SECTIONS = tuple(
+    name
+    for name, field in Profile.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+)
+
+
+def shipped_folder() -> Path:
+    """The folder of shipped profiles: in the wheel, or at the top of a checkout."""
+    inside = Path(__file__).parent / "profiles"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "profiles"
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of each shipped profile."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.toml"))}
+
+
+def locate(ref: str | None, *, environment: Mapping[str, str] = os.environ) -> Path:
+    """The profile file that applies: ``--profile``, then ``GMAIL_PROFILE``, then ``./gmail.toml``, then ``tiny``.
+
+    Args:
+        ref: A shipped profile's name or a path; None when the user gave none.
+        environment: Where ``GMAIL_PROFILE`` is looked up.
+
+    Raises:
+        UsageError: No such profile; names the nearest shipped one.
+    """
+    source = "--profile"
+    if ref is None and environment.get("GMAIL_PROFILE"):
+        ref, source = environment["GMAIL_PROFILE"], "GMAIL_PROFILE"
+    if ref is None:
+        return LOCAL_PROFILE if LOCAL_PROFILE.is_file() else shipped()[DEFAULT_PROFILE]
+    known = shipped()
+    if ref in known:
+        return known[ref]
+    path = Path(ref)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(ref, known, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    hint += f"Shipped: {', '.join(known)}; or give the path of a TOML file."
+    raise UsageError(f"{source}: no profile {ref!r}", hint=hint)
+
+
+def load(ref: str | Path | None = None, *, overrides: Iterable[str] = ()) -> Profile:
+    """Load a profile and apply ``section.key=value`` overrides.
+
+    Args:
+        ref: A shipped name, a path, or None for the default search order (:func:`locate`).
+        overrides: Texts as given to ``--set``; the value is TOML, or a bare string.
+
+    Raises:
+        UsageError: An unknown key, a value of the wrong type or out of range, or broken TOML.
+    """
+    path = ref if isinstance(ref, Path) else locate(ref)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"profile {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"profile {path} is not UTF-8 text: {error}") from error
+    return loads(text, overrides=overrides, origin=str(path), name=path.stem)
+
+
+def loads(text: str, *, overrides: Iterable[str] = (), origin: str = "profile", name: str = "custom") -> Profile:
+    """Like :func:`load`, from TOML text; ``origin`` names it in errors, ``name`` is the default of `name`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{origin} is not valid TOML: {error}") from error
+    values.setdefault("name", name)
+    for override in overrides:
+        _apply(values, override)
+    return build(values, origin=origin)
+
+
+def build(values: Mapping[str, Any], *, origin: str = "profile") -> Profile:
+    """Validate nested values into a :class:`Profile`.
+
+    Raises:
+        UsageError: Names each wrong key, its value, what is allowed and the nearest known key.
+    """
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(f"{origin}: {_explain(item)}" for item in error.errors()[:8])) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        hint = "Write --set section.key=value, such as --set align.lora_rank=8."
+        raise UsageError(f"--set {override!r} is not of the form key=value", hint=hint)
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    table = values
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override!r}: {part!r} is not a section")
+    table[parts[-1]] = value
+
+
+def _explain(item: Any) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known) or 'nothing'}"
+        return f"unknown key {location!r}{hint}"
+    shown = json.dumps(item["input"], default=str)
+    return f"{location} = {shown[:200]}: {item['msg']}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Profile
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def dump(profile: Profile) -> str:
+    """The resolved profile as TOML; loading the text gives an equal profile."""
+    values = profile.model_dump()
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if key not in SECTIONS]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values[section].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items()) + "}"
+    raise TypeError(f"{value!r} has no TOML form")
+
+
+def settings(section: Section) -> dict[str, Any]:
+    """A section as JSON-able settings for a :class:`~gmail_cli.artifacts.StageKey`."""
+    return section.model_dump(mode="json")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a profile."""
+    return Profile.model_json_schema()
+
+
+def require_file(path: str, *, key: str) -> Path:
+    """The path a profile key names.
+
+    Raises:
+        InputError: It does not exist.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{key} = {path!r} does not exist", hint=f"Set it with --set {key}=PATH.")
+    return Path(path)

@@ -1,0 +1,495 @@
+"""``gmail eval``: every trained model on real test images, against its rivals, with intervals and a report.
+
+All models are tested on the same real images through f_r. What a model did with each query is kept (``ranks/``,
+``predictions/``), so that any later question about the numbers can be answered from the artifact.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
+from gmail_cli.components import measure, report
+from gmail_cli.components import scores as scoring
+from gmail_cli.components.captions import Dataset, check_disjoint
+from gmail_cli.components.images import GeneratedSet
+from gmail_cli.components.metrics.classification import Classification
+from gmail_cli.components.metrics.retrieval import RetrievalRanks
+from gmail_cli.components.report import gallery
+from gmail_cli.components.scores import Cell
+from gmail_cli.components.tables import Table
+from gmail_cli.errors import GmailError, InputError, RegressionError
+from gmail_cli.profile import Profile, settings
+from gmail_cli.stages import sources
+
+VERSION = 1
+RESULTS = "results.json"
+IMAGES, TEXTS, CLASSES = "test-images", "test-texts", "test-classes"
+GAP_REAL = "gap-real"
+GAP_ARMS = ("generated-naive", "generated-aligned")
+EXAMPLE_ARMS = ("generated-aligned", "real", "generated-naive", "none")
+"""Whose retrievals the report shows: the first there is."""
+
+Progress = Callable[[int, int], None]
+
+
+def plan_key(
+    profile: Profile,
+    *,
+    embeddings: str,
+    train: str | None = None,
+    aligned: str | None = None,
+    generated: str | None = None,
+    index: str | None = None,
+) -> StageKey:
+    """What `run` would make from the artifacts with these digests."""
+    inputs = {"embeddings": embeddings, "train": train, "aligned": aligned, "generated": generated, "index": index}
+    return StageKey(
+        stage="eval",
+        version=VERSION,
+        settings={**settings(profile.eval), "protocol": _protocol(profile)},
+        inputs={name: digest for name, digest in inputs.items() if digest is not None},
+        seed=profile.seed,
+    )
+
+
+def run(
+    profile: Profile,
+    workspace: Workspace,
+    *,
+    embeddings: Artifact,
+    train: Artifact | None = None,
+    aligned: Artifact | None = None,
+    generated: Artifact | None = None,
+    index: Artifact | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Measure every model there is, and write results and report.
+
+    Args:
+        profile: Sections used: ``eval``, ``data``, ``runtime``; and ``name``, ``seed``.
+        workspace: Where the artifact goes.
+        embeddings: Test images and texts, and what the trained models make of the texts.
+        train: The trained models. Without it, CLIP is measured as it came.
+        aligned: For the training curve of f_g.
+        generated: For rows of real and generated images of one caption, and the check for leaks.
+        index: For what the report says of the search index.
+        progress: Called with (models done, models in all).
+
+    Returns:
+        The artifact: ``results.json`` (``gmail.results/1``), ``report.html``, ``report.md``, ``ranks/*.npy`` and
+        ``predictions/*.json``. Its summary has the ``verdict``.
+
+    Raises:
+        InputError: Tables that do not fit each other, or training data that hold test data.
+        SetupError: METEOR is required and this machine lacks Java.
+    """
+    given = {"train": train, "aligned": aligned, "generated": generated, "index": index}
+    key = plan_key(profile, embeddings=embeddings.digest, **{name: a.digest for name, a in given.items() if a})
+    with workspace.open(key) as slot:
+        if slot.done:
+            return slot.artifact
+        work = _Work(profile, slot, {"embeddings": embeddings, **{name: a for name, a in given.items() if a}})
+        work.check_leaks()
+        models = list(work.models())
+        cells = []
+        for done, model in enumerate(models):
+            if progress:
+                progress(done, len(models))
+            cells.append(work.measure(model))
+        cells += work.gap()
+        results = scoring.results(
+            cells, protocol=_protocol(profile), draws=profile.eval.resamples, level=profile.eval.confidence
+        )
+        slot.write_json(RESULTS, results)
+        shown = work.shown(results)
+        slot.write_text("report.html", report.html(shown))
+        slot.write_text("report.md", report.markdown(shown))
+        if progress:
+            progress(len(models), len(models))
+        headline = report.verdict(results).headline
+        return slot.commit(
+            summary={"verdict": headline, "protocol": results["protocol"], "metrics": results["metrics"]}
+        )
+
+
+def check_baseline(artifact: Artifact, baseline: Path, *, tolerance: Mapping[str, float]) -> None:
+    """Compare an eval artifact with the ``results.json`` of an earlier one.
+
+    Args:
+        artifact: What ``run`` made.
+        baseline: A ``results.json``, or an eval artifact's folder.
+        tolerance: Metric -> points it may fall by (see :func:`gmail_cli.components.scores.falls`).
+
+    Raises:
+        InputError: The baseline cannot be read, or was measured with another protocol.
+        RegressionError: A metric fell by more than allowed; names each.
+        UsageError: A tolerance names no metric.
+    """
+    file = baseline / RESULTS if baseline.is_dir() else baseline
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read the baseline {file}: {error}", hint="Give the results.json of an eval."
+        ) from error
+    if not isinstance(before, dict) or before.get("schema") != scoring.SCHEMA:
+        raise InputError(f"{file} is not a {scoring.SCHEMA} document", hint="Give the results.json of an eval.")
+    now = artifact.read_json(RESULTS)
+    if before["protocol"] != now["protocol"]:
+        raise InputError(
+            f"the baseline was measured with protocol {before['protocol']!r}, this evaluation with {now['protocol']!r}",
+            hint="Compare results of one protocol (data.protocol).",
+        )
+    found = scoring.falls(now["metrics"], baseline=before["metrics"], tolerance=tolerance)
+    if found:
+        lines = "".join(f"\n  {fall}" for fall in found)
+        raise RegressionError(
+            f"{len(found)} of {len(before['metrics'])} metrics fell below {file}:{lines}",
+            hint="Allow a fall with --tolerance METRIC=POINTS, or find what changed (gmail eval --dry-run).",
+        )
+
+
+def _protocol(profile: Profile) -> str:
+    return profile.data.protocol or f"{Path(profile.data.test).name}/unversioned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """One model to measure: a row of the train artifact's ``cells.json``, or CLIP as it came (no ``folder``)."""
+
+    task: str
+    arm: str
+    seed: int | None
+    dual_projection: bool = False
+    folder: str = ""
+    own_images: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.folder or f"{self.task}.{self.arm}"
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What the report wants of the models measured, beside their scores; by arm, without dual projection."""
+
+    ranks: dict[str, list[RetrievalRanks]] = field(default_factory=dict)
+    retrievals: dict[str, tuple[_Model, measure.Retrieval]] = field(default_factory=dict)
+    classified: dict[str, dict[str, list[Classification]]] = field(default_factory=dict)
+    predictions: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Work:
+    """One evaluation: its tables, its data, and what has been measured so far."""
+
+    def __init__(self, profile: Profile, slot: Slot, inputs: Mapping[str, Artifact]) -> None:
+        self.profile, self.slot, self.inputs = profile, slot, inputs
+        self.tables = {table.header.name: table for table in sources.load_tables(inputs["embeddings"])}
+        if IMAGES not in self.tables:
+            hint = "Run gmail embed with a test set that has images."
+            raise InputError(f"{inputs['embeddings'].path} holds no table {IMAGES!r}", hint=hint)
+        self.generated = GeneratedSet.load(inputs["generated"].path) if "generated" in inputs else None
+        self.seen = _Seen()
+        self.test = self._test_set()
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def _test_set(self) -> Dataset | None:
+        """The test set, if what the profile names is what was embedded; the report shows its images."""
+        named = self.profile.data.test
+        try:
+            dataset = sources.read(sources.source(self.profile, part="test"))
+        except GmailError as error:
+            if len(self.inputs) > 1:
+                raise
+            self.seen.notes.append(f"No pictures: data.test = {named!r} cannot be read ({error.message}).")
+            return None
+        if {image.id for image in dataset.images} >= set(self.tables[IMAGES].ids):
+            return dataset
+        if len(self.inputs) > 1:
+            hint = "Set data.test (and its limit) to what gmail embed was given."
+            raise InputError(f"data.test = {named!r} is not the set whose images were embedded", hint=hint)
+        self.seen.notes.append(f"No pictures: data.test = {named!r} is not the set that was embedded.")
+        return None
+
+    def check_leaks(self) -> None:
+        """Refuse training data that hold test data; count captions that both share by right."""
+        if self.test is None or not {"train", "generated"} & set(self.inputs):
+            return
+        known = {(row.owner, row.caption) for row in self.generated.rows} if self.generated else set()
+        leaked = [caption.id for caption in self.test.captions if (caption.owner, caption.text) in known]
+        if leaked:
+            raise InputError(
+                f"{len(leaked)} test captions were generated from, first {leaked[0]!r}",
+                hint="Generate from the training captions only (data.train).",
+            )
+        training = sources.read(sources.source(self.profile, part="train"))
+        texts = [caption.text for caption in self.test.captions]
+        rule = self.profile.eval.shared_captions
+        repeated = len(set(texts)) < len(texts)
+        check_disjoint(training, self.test, captions=rule == "fail" or (rule == "auto" and not repeated))
+        seen = {caption.text.casefold() for caption in training.captions}
+        shared = sum(text.casefold() in seen for text in texts)
+        self.seen.notes.append(
+            f"{shared:,} of {len(texts):,} test captions are also training captions, word for word; no test image is a "
+            "training image."
+        )
+
+    def thumbnail(self, image: str) -> bytes | None:
+        """A test image at the size of the report, if the images are at hand."""
+        if self.test is None or not self.test.has_images:
+            return None
+        data = self.test.image_bytes(self._places[image])
+        return report.thumbnail(data, side=self.profile.eval.thumbnail, name=image)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {image.id: row for row, image in enumerate(self.test.images)} if self.test else {}
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    def models(self) -> Iterator[_Model]:
+        """CLIP as it came, then every trained model that answers about images."""
+        rows = self.inputs["train"].read_json("cells.json") if "train" in self.inputs else []
+        trained = [
+            _Model(
+                task=row["task"],
+                arm=row["arm"],
+                seed=row["seed"],
+                dual_projection=row["dual_projection"],
+                folder=row["folder"],
+                own_images=row["image_encoder"] == "own",
+            )
+            for row in rows
+            if row["task"] in _MEASURES
+        ]
+        text_tasks = [model.task for model in trained if model.task in ("clip-text", "clip")]
+        if TEXTS in self.tables and not any(m.task == "clip-text" and m.arm == "none" for m in trained):
+            yield _Model(task=text_tasks[0] if text_tasks else "clip", arm="none", seed=None)
+        yield from trained
+
+    def measure(self, model: _Model) -> Cell:
+        """The scores of one model."""
+        return Cell(
+            task=model.task,
+            arm=model.arm,
+            seed=model.seed,
+            dual_projection=model.dual_projection,
+            scores=_MEASURES[model.task](self, model),
+        )
+
+    def _table(self, name: str, model: _Model) -> Table | None:
+        """The table a model made, else (for arm ``none`` and where the model left the tower alone) CLIP's own."""
+        return self.tables.get(f"{name}@{model.name}") or (self.tables.get(name) if model.arm == "none" else None)
+
+    def _images(self, model: _Model) -> Table:
+        name = f"{IMAGES}@{model.name}" if model.own_images else IMAGES
+        if name not in self.tables:
+            raise InputError(f"the embeddings lack table {name!r}", hint="Run gmail embed with this train artifact.")
+        return self.tables[name]
+
+    def _clip(self, model: _Model) -> dict[str, scoring.Scores]:
+        """Retrieval both ways and zero-shot classification with a model's text tower."""
+        chosen = self.profile.eval
+        images, texts, prompts = self._images(model), self._table(TEXTS, model), self._table(CLASSES, model)
+        if texts is None:
+            hint = "Run gmail embed with this train artifact."
+            raise InputError(f"the embeddings lack table '{TEXTS}@{model.name}'", hint=hint)
+        found = measure.retrieval(images, texts=texts, ks=chosen.recall_at, true_recall=chosen.true_recall)
+        for kind, ranks in found.ranks.items():
+            for direction in measure.DIRECTIONS:
+                name = f"ranks/{model.name}.{kind}.{direction}.npy"
+                self.slot.write_npy(name, getattr(ranks, direction).to_array())
+        if "short" in found.ranks:
+            self.seen.ranks.setdefault(model.arm, []).append(found.ranks["short"])
+            self.seen.retrievals.setdefault(model.arm, (model, found))
+        scores = dict(found.scores)
+        if prompts is not None:
+            more, classified = measure.zero_shot(images, prompts=prompts)
+            scores |= more
+            self._remember("Zero-shot accuracy", model, classified)
+        return scores
+
+    def _probe(self, model: _Model) -> dict[str, scoring.Scores]:
+        """A linear probe's accuracy on real images."""
+        from gmail_cli.components import heads
+
+        images = self._images(model)
+        probe = heads.load_probe(self.inputs["train"].folder(model.folder))
+        predicted = heads.classify(probe, _tensor(images.vectors)).numpy()
+        found = measure.probe(images, scores=predicted, class_names=probe.class_names)
+        self._remember("Linear probe", model, found)
+        return measure.classified(found, prefix="probe_")
+
+    def _captions(self, model: _Model) -> dict[str, scoring.Scores]:
+        """Captions of real images, scored against what people wrote."""
+        from gmail_cli.components import heads
+
+        images, chosen = self._images(model), self.profile.eval
+        references = self._references()
+        rows = [row for row, name in enumerate(images.ids) if name in references]
+        captioner = heads.load_captioner(self.inputs["train"].folder(model.folder))
+        texts = heads.generate_captions(
+            captioner, _tensor(images.vectors[rows]), beams=chosen.beams, max_tokens=chosen.caption_tokens
+        )
+        predictions = {images.ids[row]: text for row, text in zip(rows, texts, strict=True)}
+        self.slot.write_json(f"predictions/{model.name}.json", predictions)
+        scores, found = measure.captions(
+            {name: references[name] for name in predictions}, predictions=predictions, meteor=chosen.meteor
+        )
+        self.seen.notes += [note for note in found.absent.values() if note not in self.seen.notes]
+        if not model.dual_projection:
+            self.seen.predictions.setdefault(model.arm, predictions)
+        return scores
+
+    def _references(self) -> dict[str, list[str]]:
+        """The short captions of each test image (all captions, where there are only long ones)."""
+        texts = self.tables.get(TEXTS)
+        rows = texts.rows if texts else []
+        short = [row for row in rows if (row.get("kind") or "short") == "short"] or rows
+        found: dict[str, list[str]] = {}
+        for row in short:
+            found.setdefault(row["owner"], []).append(row["text"])
+        return found
+
+    def _remember(self, title: str, model: _Model, found: Classification) -> None:
+        if not model.dual_projection:
+            self.seen.classified.setdefault(title, {}).setdefault(model.arm, []).append(found)
+
+    def gap(self) -> list[Cell]:
+        """The modality gap before alignment (generated images through f_r) and after (through f_g)."""
+        real = self.tables.get(GAP_REAL)
+        there = [(arm, self.tables[f"gap-{arm}"]) for arm in GAP_ARMS if f"gap-{arm}" in self.tables]
+        if real is None:
+            return []
+        return [Cell(task="gap", arm=arm, scores=measure.modality_gap(real, generated=table)) for arm, table in there]
+
+    # -- report ----------------------------------------------------------------------------------------------------
+
+    def shown(self, results: Mapping[str, Any]) -> report.Report:
+        """Everything the report shows."""
+        chosen, seen = self.profile.eval, self.seen
+        gap = [self.tables.get(name) for name in (GAP_REAL, *(f"gap-{arm}" for arm in GAP_ARMS))]
+        vectors = [np.asarray(table.vectors, dtype=np.float32) for table in gap if table is not None]
+        best, worst = self._retrievals()
+        references = self._references()
+        return report.Report(
+            title=f"GMAIL on {self.profile.name}",
+            results=results,
+            recall_charts=gallery.recall_charts(seen.ranks, most=max(chosen.recall_at)) if seen.ranks else (),
+            training_charts=tuple(self._curves()),
+            clouds=gallery.clouds(vectors[0], naive=vectors[1], aligned=vectors[2]) if len(vectors) == 3 else (),
+            breakdowns=tuple(self._breakdowns()),
+            pairs=self._pairs(),
+            best=best,
+            worst=worst,
+            captions=gallery.caption_examples(
+                list(next(iter(seen.predictions.values()))),
+                references=references,
+                predictions=seen.predictions,
+                thumbnails=self.thumbnail,
+                count=chosen.examples,
+            )
+            if seen.predictions
+            else (),
+            notes=tuple(seen.notes),
+            provenance=tuple(self._provenance()),
+        )
+
+    def _retrievals(self) -> tuple[tuple[report.PictureRow, ...], tuple[report.PictureRow, ...]]:
+        arm = next((arm for arm in EXAMPLE_ARMS if arm in self.seen.retrievals), None)
+        if arm is None or self.test is None:
+            return (), ()
+        model, found = self.seen.retrievals[arm]
+        images, texts = self._images(model), self._table(TEXTS, model)
+        assert texts is not None, "it has been measured"
+        rows = found.rows["short"][found.ranks["short"].text_to_image.query]
+        return gallery.retrievals(
+            np.asarray(images.vectors, dtype=np.float32),
+            texts=np.asarray(texts.vectors[rows], dtype=np.float32),
+            image_ids=images.ids,
+            captions=[texts.rows[row]["text"] for row in rows],
+            ranks=found.ranks["short"].text_to_image,
+            thumbnails=self.thumbnail,
+            note=f"{model.task}, {model.arm}" + (f", seed {model.seed}" if model.seed is not None else ""),
+            count=self.profile.eval.examples,
+        )
+
+    def _breakdowns(self) -> Iterator[report.Breakdown]:
+        labels = [str(row.get("label")) for row in self.tables[IMAGES].rows]
+        if any(row.get("label") is None for row in self.tables[IMAGES].rows):
+            return
+        for title, by_arm in self.seen.classified.items():
+            correct = {arm: np.mean([each.correct(1) for each in found], axis=0) for arm, found in by_arm.items()}
+            chart = gallery.breakdown(title, labels=labels, correct=correct)
+            if chart is not None:
+                yield chart
+
+    def _pairs(self) -> tuple[report.PictureRow, ...]:
+        if self.generated is None or not self.profile.eval.examples:
+            return ()
+        training = sources.read(sources.source(self.profile, part="train"))
+        chosen = self.profile.eval
+        return gallery.pairs(self.generated, real=training, count=chosen.examples, side=chosen.thumbnail)
+
+    def _curves(self) -> Iterator[report.Chart]:
+        if "aligned" in self.inputs:
+            curve = self.inputs["aligned"].read_jsonl("metrics.jsonl")
+            if chart := gallery.training_chart("Alignment: f_g", {"generated-aligned": curve}):
+                yield chart
+        by_task: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for row in self.inputs["train"].read_json("cells.json") if "train" in self.inputs else []:
+            if not row["dual_projection"]:
+                curves = by_task.setdefault(row["task"], {})
+                if row["arm"] not in curves:
+                    curves[row["arm"]] = self.inputs["train"].read_jsonl(f"{row['folder']}/metrics.jsonl")
+        for task, curves in by_task.items():
+            if chart := gallery.training_chart(f"{report.task_title(task)}, first seed", curves):
+                yield chart
+
+    def _provenance(self) -> Iterator[tuple[str, str]]:
+        yield "profile", self.profile.name
+        yield "protocol", _protocol(self.profile)
+        yield "evaluation", self.slot.key.digest
+        for name, artifact in self.inputs.items():
+            manifest = artifact.manifest
+            made = f"made {manifest['created']} in {manifest['seconds']:.0f} s"
+            yield (
+                f"{name} ({artifact.stage})",
+                f"{artifact.digest[:12]}, {made}, {manifest['machine']}, {manifest['device']}",
+            )
+        if "index" in self.inputs:
+            for name, entry in self.inputs["index"].read_json("index.json")["tables"].items():
+                yield f"index of {name}", f"{entry['kind']}, recall@10 {entry['recall_at_10']:.4f} against exact search"
+        yield "seed", str(self.profile.seed)
+        images = self.tables[IMAGES].header
+        yield (
+            "image encoder",
+            f"{images.encoder}, {images.encoder_digest[:12]}, {images.dim} dimensions, {images.dtype}",
+        )
+        versions = self.inputs["embeddings"].manifest["versions"]
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+_MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = {
+    "clip-text": _Work._clip,
+    "clip": _Work._clip,
+    "clipcap": _Work._captions,
+    "linear-probe": _Work._probe,
+}
+
+
+def _tensor(vectors: Float[np.ndarray, "rows dim"]) -> Any:
+    import torch
+
+    return torch.from_numpy(np.array(vectors, dtype=np.float32))

@@ -1,0 +1,517 @@
+"""``gmail train``: downstream models on real or generated images, every cell for the same steps and captions.
+
+A cell is one (task, arm, seed). Images are embedded (or decoded) once per arm and kept beside the cells while the
+stage works; a finished cell is kept when the stage is started again, an unfinished one resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, folder_digest
+from gmail_cli.errors import InputError, UsageError
+from gmail_cli.profile import ArmName, Data, Profile, TaskName, settings, shipped_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from gmail_cli.components.arms import Material
+    from gmail_cli.components.captions import Dataset
+    from gmail_cli.components.loop import Job, Loss, Recipe
+
+VERSION = 1
+CELLS = "cells.json"
+RECORD = "cell.json"
+METRICS = "metrics.jsonl"
+CHUNK = 2048
+"""Images embedded or decoded between two points to resume from."""
+WHOLE_SHARE = 0.75
+"""Share of the steps after which ``clip`` sees all patches, where it drops some before."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One thing to train."""
+
+    task: TaskName
+    arm: ArmName
+    seed: int
+    dual_projection: bool = False
+
+    @property
+    def name(self) -> str:
+        """``<task>.<arm>.seed<k>``, with ``+dual`` appended for dual projection; also the cell's folder."""
+        return f"{self.task}.{self.arm}.seed{self.seed}" + "+dual" * self.dual_projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the stage has to know of a task.
+
+    Attributes:
+        build: Prepares a cell for the training loop.
+        arms: Arms it can be trained on.
+        dual: Whether it has a head that dual projection applies to.
+        image_encoder: What embeds images for the result: ``f_r``, or the model it trained itself.
+        needs_clip: Whether it starts from ``model.clip``.
+    """
+
+    build: Callable[[Inputs, Cell], Job]
+    arms: frozenset[str]
+    dual: bool = False
+    image_encoder: Literal["f_r", "own"] = "f_r"
+    needs_clip: bool = True
+
+
+def cells(profile: Profile) -> list[Cell]:
+    """The cells a profile asks for: every task with each of its arms, seeds and projections.
+
+    An arm that a task cannot use is left out for that task (``none`` for a captioner, which does not exist
+    untrained; ``generated-aligned`` for tasks that read pixels); so is dual projection for tasks without a head.
+
+    Raises:
+        UsageError: A task has none of the arms, an arm none of the tasks, or dual projection nothing to apply to.
+    """
+    train = profile.train
+    found = []
+    for name in dict.fromkeys(train.tasks):
+        task = TASKS[name]
+        usable = [arm for arm in dict.fromkeys(train.arms) if arm in task.arms]
+        if not usable:
+            raise UsageError(
+                f"train.arms = {list(train.arms)}: task {name} can be trained on none of them",
+                hint=f"It takes {', '.join(sorted(task.arms))}.",
+            )
+        projections = {"off": [False], "on": [True], "both": [False, True]}[
+            train.dual_projection if task.dual else "off"
+        ]
+        for arm in usable:
+            seeds = dict.fromkeys(train.seeds) if arm != "none" else train.seeds[:1]
+            for dual in projections if arm != "none" else [False]:
+                found += [Cell(task=name, arm=arm, seed=seed, dual_projection=dual) for seed in seeds]
+    unused = [arm for arm in train.arms if arm not in {cell.arm for cell in found}]
+    if unused:
+        raise UsageError(
+            f"train.arms: none of the tasks {list(train.tasks)} can be trained on {unused[0]!r}",
+            hint="Leave it out, or add a task that reads embeddings.",
+        )
+    if train.dual_projection != "off" and not any(cell.dual_projection for cell in found):
+        raise UsageError(
+            f"train.dual_projection = {train.dual_projection!r} applies to none of the tasks {list(train.tasks)}",
+            hint="Add clipcap or linear-probe, or turn it off.",
+        )
+    return found
+
+
+def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | None = None) -> StageKey:
+    """What `run` would make from the artifacts with these digests, without loading a model.
+
+    Raises:
+        InputError: An arm lacks the artifact it reads.
+        UsageError: See `cells`.
+    """
+    wanted = cells(profile)
+    arms = {cell.arm for cell in wanted}
+    tasks = {cell.task for cell in wanted}
+    train = profile.train
+    for needed, given, users in (
+        ("generate", generated, arms & {"generated-naive", "generated-aligned", "mixed"}),
+        ("align", aligned, {c.arm for c in wanted if _reads_aligned(c)}),
+    ):
+        if users and given is None:
+            raise InputError(
+                f"train.arms: {sorted(users)[0]} needs {needed} artifact and there is none".replace(
+                    "needs ", "needs the "
+                ),
+                hint=f"Run `gmail {needed}` first, or leave the arm out with --set train.arms=...",
+            )
+    chosen = settings(train)
+    inputs = {"data": _read(profile.data, profile.seed).fingerprint}
+    if generated:
+        inputs["generated"] = generated
+    if aligned and any(map(_reads_aligned, wanted)):
+        inputs["aligned"] = aligned
+    models = {}
+    if "clip" in tasks and train.architecture:
+        chosen["architecture"] = _architecture(train.architecture)
+    if any(TASKS[task].needs_clip for task in tasks if task != "clip" or not train.architecture):
+        from gmail_cli.components.encoders import model_digest
+
+        models["clip"] = model_digest(profile.model.clip, revision=profile.model.revision)
+    if "clipcap" in tasks:
+        models["lm"] = _lm_digest(train.lm, train.lm_revision)
+        del chosen["lm"], chosen["lm_revision"]
+    return StageKey(stage="train", version=VERSION, settings=chosen, inputs=inputs, models=models, seed=profile.seed)
+
+
+def run(
+    profile: Profile,
+    workspace: Workspace,
+    *,
+    generated: Artifact | None = None,
+    aligned: Artifact | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Train (or find) every cell a profile asks for.
+
+    Args:
+        profile: Sections used: ``train``, ``data``, ``model``, ``runtime``; and ``seed``.
+        workspace: Where the artifact goes.
+        generated: A generate artifact; needed by the generated arms. When given, every arm trains on the captions
+            its images were drawn from.
+        aligned: An align artifact (f_g); needed by ``generated-aligned`` and ``mixed``.
+        progress: Called with (steps done, steps of all cells).
+
+    Returns:
+        The artifact: ``cells.json`` (a row per cell: name, task, arm, seed, dual_projection, folder, image_encoder,
+        steps, captions, trained_parameters, final_loss, and the task's own metrics), and a folder per cell.
+
+    Raises:
+        InputError: Data or artifacts that are missing or do not fit; a loss that is not finite.
+        SetupError: A model or device this machine lacks.
+        UsageError: Settings that do not fit each other.
+    """
+    import torch
+
+    wanted = cells(profile)
+    key = plan_key(
+        profile, generated=generated.digest if generated else None, aligned=aligned.digest if aligned else None
+    )
+    with workspace.open(key) as slot:
+        if slot.done:
+            return slot.artifact
+        device = _device(profile)
+        material = _material(profile, slot, device=device, generated=generated, aligned=aligned)
+        inputs = Inputs(profile=profile, material=material, device=device, scratch=slot.scratch)
+        total = sum(_steps(cell, profile) for cell in wanted)
+        rows: list[dict[str, Any]] = []
+        for cell in wanted:
+            done = sum(row["steps"] for row in rows)
+            report = (lambda step, _, done=done: progress(done + step, total)) if progress else None
+            rows.append(_train(cell, inputs, slot, progress=report))
+        slot.write_json(CELLS, rows)
+        summary = {"cells": len(rows), "captions": len(inputs.material.pairs), "steps": profile.train.steps}
+        return slot.commit(
+            summary=summary, device=f"cuda: {torch.cuda.get_device_name()}" if device.type == "cuda" else device.type
+        )
+
+
+def _steps(cell: Cell, profile: Profile) -> int:
+    return 0 if cell.arm == "none" else profile.train.steps
+
+
+def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None) -> dict[str, Any]:
+    """Train one cell, or take it from an interrupted run; returns its row of ``cells.json``."""
+    from gmail_cli.components.loop import fit, trained_parameters
+
+    profile = inputs.profile
+    record = f"{cell.name}/{RECORD}"
+    if slot.has(record):
+        return dict(json.loads(slot.path(record).read_text(encoding="utf-8")))
+    job = TASKS[cell.task].build(inputs, cell)
+    steps = _steps(cell, profile)
+    curve = []
+    checkpoints = slot.checkpoints(f"{cell.name}.checkpoint")
+    if steps:
+        curve = fit(
+            job.module,
+            loss=_in_precision(job.loss, profile, device=inputs.device),
+            rows=job.rows,
+            recipe=_recipe(cell, profile),
+            checkpoints=checkpoints,
+            checkpoint_seconds=profile.runtime.checkpoint_seconds,
+            progress=progress,
+        )
+    slot.write_folder(cell.name, job.export)
+    slot.write_jsonl(f"{cell.name}/{METRICS}", curve)
+    row = asdict(cell) | {
+        "name": cell.name,
+        "folder": cell.name,
+        "image_encoder": TASKS[cell.task].image_encoder,
+        "steps": steps,
+        "captions": len(inputs.material.pairs),
+        "trained_parameters": trained_parameters(job.module) if steps else 0,
+        "final_loss": curve[-1]["loss"] if curve else None,
+        "metrics": job.evaluate() if job.evaluate else {},
+    }
+    slot.write_json(record, row)
+    checkpoints.remove()
+    return row
+
+
+def _in_precision(loss: Loss, profile: Profile, *, device: torch.device) -> Loss:
+    """The loss under autocast where the profile asks for bf16."""
+    import torch
+
+    def cast(rows: torch.Tensor, step: int) -> Any:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return loss(rows, step)
+
+    return loss if profile.train.precision == "fp32" else cast
+
+
+def _recipe(cell: Cell, profile: Profile) -> Recipe:
+    from gmail_cli.components.loop import Recipe, seed_from
+
+    train = profile.train
+    return Recipe(
+        steps=train.steps,
+        batch_size=train.batch_size,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        schedule=train.schedule,
+        cycles=train.cycles,
+        warmup=train.warmup,
+        clip_norm=train.clip_norm or None,
+        ema=train.ema or None,
+        seed=seed_from("train", profile.seed, cell.seed),
+    )
+
+
+# -- what tasks are built from ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a task is built from: the profile, the data and encoders, and where to compute."""
+
+    profile: Profile
+    material: Material
+    device: torch.device
+    scratch: Callable[[str], Path]
+
+
+def _device(profile: Profile) -> torch.device:
+    import torch
+
+    if profile.runtime.threads:
+        torch.set_num_threads(profile.runtime.threads)
+    name = profile.runtime.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if profile.train.precision == "bf16" and name == "cpu":
+        raise UsageError("train.precision = 'bf16' is some 80 times slower on a CPU", hint="Use fp32.")
+    return torch.device(name)
+
+
+def _material(
+    profile: Profile, slot: Slot, *, device: torch.device, generated: Artifact | None, aligned: Artifact | None
+) -> Material:
+    from gmail_cli.components.arms import Material
+    from gmail_cli.components.encoders import Clip, load_clip
+    from gmail_cli.components.images import GeneratedSet
+
+    def f_g() -> Clip:
+        assert aligned is not None, "plan_key has checked it"
+        return load_clip(aligned.folder("clip"), device=device)
+
+    return Material(
+        _read(profile.data, profile.seed),
+        generated=GeneratedSet.load(generated.path) if generated else None,
+        kinds=profile.train.kinds,
+        f_r=lambda: load_clip(profile.model.clip, revision=profile.model.revision, device=device),
+        f_g=f_g,
+        mix_ratio=profile.train.mix_ratio,
+        device=device,
+        workers=profile.runtime.workers,
+        cache=functools.partial(_cached, slot),
+    )
+
+
+def _cached(
+    slot: Slot, name: str, shape: tuple[int, ...], dtype: str, fill: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
+    """An array computed in chunks of rows, in the slot's scratch; continues where an interrupted run stopped."""
+    import numpy as np
+    import torch
+
+    path, marker = slot.scratch(f"{name}.npy"), slot.checkpoints(f"{name}.done")
+    held = marker.load()
+    done = int(held["rows"]) if held and path.exists() else 0
+    array = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=dtype, shape=shape)
+    for start in range(done, shape[0], CHUNK):
+        stop = min(start + CHUNK, shape[0])
+        array[start:stop] = fill(start, stop)
+        array.flush()
+        marker.save({"rows": torch.tensor(stop)})
+    return np.load(path, mmap_mode="c", allow_pickle=False)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(data: Data, seed: int) -> Dataset:
+    from gmail_cli.components.captions import read
+
+    return read(
+        data.train,
+        images=data.train_images or None,
+        format=data.format,
+        split=data.train_split or None,
+        limit=data.train_limit or None,
+        holdout=("train", data.holdout, seed) if data.holdout else None,
+        on_bad=data.on_bad,
+        scene_seed=data.scene_seed,
+        scene_size=data.scene_size,
+    )
+
+
+def _reads_aligned(cell: Cell) -> bool:
+    return cell.arm == "generated-aligned" or (cell.arm == "mixed" and "generated-aligned" in TASKS[cell.task].arms)
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------
+
+
+def _clip_text(inputs: Inputs, cell: Cell) -> Job:
+    from gmail_cli.components.tasks import clip_text_job
+
+    arm = None if cell.arm == "none" else inputs.material.embedded(cell.arm)
+    return clip_text_job(inputs.material.clip, inputs.material.pairs, arm)
+
+
+def _clip(inputs: Inputs, cell: Cell) -> Job:
+    from gmail_cli.components.encoders import build_clip
+    from gmail_cli.components.loop import seed_from
+    from gmail_cli.components.tasks import clip_job
+
+    train = inputs.profile.train
+    if not train.architecture and train.vocabulary:
+        raise UsageError(
+            f"train.vocabulary = {train.vocabulary} replaces the tokenizer of {inputs.profile.model.clip}",
+            hint="Set train.architecture to train from random weights, or train.vocabulary to 0.",
+        )
+    if train.architecture:
+        config = _architecture(train.architecture)
+        tokenizer = None
+        if train.vocabulary:
+            tokenizer, config = _learned_tokenizer(inputs, config)
+        seed = seed_from("clip", inputs.profile.seed, cell.seed)
+        clip = build_clip(config, seed=seed, name=cell.name, tokenizer=tokenizer, device=inputs.device)
+    else:
+        clip = inputs.material.clip
+    return clip_job(
+        clip,
+        inputs.material.pairs,
+        inputs.material.pixels(cell.arm, clip.preprocess),
+        augment=train.augment,
+        patch_dropout=train.patch_dropout,
+        whole_from=round(WHOLE_SHARE * train.steps),
+    )
+
+
+def _learned_tokenizer(inputs: Inputs, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """An open_clip tokenizer learned from the captions, and the config with its vocabulary."""
+    from open_clip.tokenizer import HFTokenizer
+
+    from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
+
+    folder = inputs.scratch("tokenizer/vocab.json").parent
+    learned = train_tokenizer(sorted(set(inputs.material.pairs.texts)), entries=inputs.profile.train.vocabulary)
+    save_tokenizer(learned, folder)
+    text = {**config["model_cfg"]["text_cfg"], "vocab_size": len(learned), "hf_tokenizer_name": "tokenizer"}
+    tokenizer = HFTokenizer(str(folder), text.get("context_length", 77))
+    return tokenizer, {**config, "model_cfg": {**config["model_cfg"], "text_cfg": text}}
+
+
+def _clipcap(inputs: Inputs, cell: Cell) -> Job:
+    import torch
+
+    from gmail_cli.components.heads import Captioner, load_lm
+    from gmail_cli.components.loop import seed_from
+    from gmail_cli.components.tasks import clipcap_job
+
+    train = inputs.profile.train
+    lm, tokenizer = load_lm(train.lm, revision=train.lm_revision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from("clipcap", inputs.profile.seed, cell.seed))
+        captioner = Captioner(
+            inputs.material.clip.dim,
+            lm=lm,
+            tokenizer=tokenizer,
+            lm_name=train.lm,
+            prefix_length=train.prefix_length,
+            mapping=train.mapping,
+            tune_lm=train.tune_lm,
+            dual=cell.dual_projection,
+        )
+    return clipcap_job(
+        captioner.to(inputs.device),
+        inputs.material.pairs,
+        inputs.material.embedded(cell.arm),
+        meeting=inputs.material.meeting(cell.arm) if cell.dual_projection else None,
+        caption_tokens=train.caption_tokens,
+    )
+
+
+def _linear_probe(inputs: Inputs, cell: Cell) -> Job:
+    from gmail_cli.components.heads import Probe, save_head
+    from gmail_cli.components.loop import Job
+    from gmail_cli.components.tasks import probe_job, zero_shot_probe
+
+    if cell.arm == "none":
+        zero_shot = zero_shot_probe(inputs.material.clip, inputs.material.pairs)
+        return Job(
+            module=zero_shot,
+            loss=lambda rows, step: zero_shot.linear.weight.sum(),
+            rows=0,
+            export=lambda folder: save_head(zero_shot, folder),
+        )
+    probe = Probe(inputs.material.clip.dim, inputs.material.pairs.class_names, dual=cell.dual_projection).to(
+        inputs.device
+    )
+    meeting = inputs.material.meeting(cell.arm) if cell.dual_projection else None
+    return probe_job(probe, inputs.material.pairs, inputs.material.embedded(cell.arm), meeting=meeting)
+
+
+_EMBEDDED = frozenset({"real", "generated-naive", "generated-aligned", "mixed"})
+_PIXELS = frozenset({"real", "generated-naive", "mixed"})
+
+TASKS: Mapping[TaskName, Task] = {
+    "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}),
+    "clip": Task(build=_clip, arms=_PIXELS, image_encoder="own"),
+    "clipcap": Task(build=_clipcap, arms=_EMBEDDED, dual=True),
+    "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True),
+}
+
+
+def _architecture(ref: str) -> dict[str, Any]:
+    """The open_clip config that ``train.architecture`` names."""
+    if ref.endswith(".json"):
+        path = Path(ref) if Path(ref).is_file() else shipped_folder() / ref
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"train.architecture = {ref!r} cannot be read: {error}") from error
+        if not isinstance(config, dict) or "model_cfg" not in config:
+            raise InputError(f"{ref} has no model_cfg", hint="Write it like an open_clip_config.json.")
+        return {"preprocess_cfg": {}, **config}
+    import open_clip
+
+    found = open_clip.get_model_config(ref)
+    if found is None:
+        raise UsageError(
+            f"train.architecture = {ref!r} is no model that open_clip knows",
+            hint="Give the path of a JSON file, or a name such as ViT-B-32.",
+        )
+    return {"model_cfg": found, "preprocess_cfg": {}}
+
+
+def _lm_digest(ref: str, revision: str) -> str:
+    from gmail_cli.components.heads import SHIPPED_LMS
+
+    folder = SHIPPED_LMS.get(ref, Path(ref))
+    if folder.is_dir():
+        return folder_digest(folder)
+    if not revision:
+        raise UsageError(
+            f"train.lm = {ref!r} is no folder, and a hub id needs train.lm_revision",
+            hint="Set train.lm_revision to a commit of the model's repository.",
+        )
+    return f"{ref}@{revision}"

@@ -1,0 +1,171 @@
+"""Encoders: loading, saving, embedding, and the tuned tower."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from small_clips import TEXTS, VIT
+
+from gmail_cli.components import encoders
+from gmail_cli.components.encoders import Clip
+from gmail_cli.errors import InputError, UsageError
+
+
+@pytest.fixture(scope="module")
+def vit() -> Clip:
+    return encoders.build_clip(VIT, name="vit")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+# -- loading and saving ------------------------------------------------------------------------------------------
+
+
+def test_saved_model_loads_in_plain_open_clip_with_equal_outputs(vit: Clip, pixels: torch.Tensor, tmp_path: Path):
+    encoders.save_clip(vit, tmp_path)
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    model.eval()
+    with torch.no_grad():
+        images = model.encode_image(pixels, normalize=True)
+        texts = model.encode_text(tokenizer(TEXTS), normalize=True)
+    torch.testing.assert_close(vit.encode_images(pixels), images, atol=1e-6, rtol=0)
+    torch.testing.assert_close(vit.encode_texts(TEXTS), texts, atol=1e-6, rtol=0)
+    assert transform is not None
+
+    again = encoders.load_clip(tmp_path)
+    assert again.digest == vit.digest == encoders.model_digest(tmp_path)
+    assert torch.equal(again.encode_images(pixels), vit.encode_images(pixels))
+    assert again.model.visual.transformer.resblocks[0].mlp.gelu.__class__.__name__ == "QuickGELU"
+
+
+def test_digest_follows_content_not_file_layout(vit: Clip, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        encoders.save_clip(vit, tmp_path / name)
+    tensors = load_file(tmp_path / "b" / encoders.WEIGHTS_FILE)
+    save_file(tensors, tmp_path / "b" / encoders.WEIGHTS_FILE, metadata={"made": "elsewhere"})
+    assert encoders.model_digest(tmp_path / "b") == encoders.model_digest(tmp_path / "a")
+    tensors["logit_scale"] = tensors["logit_scale"] + 1
+    save_file(tensors, tmp_path / "b" / encoders.WEIGHTS_FILE)
+    assert encoders.model_digest(tmp_path / "b") != encoders.model_digest(tmp_path / "a")
+    config = {**VIT, "model_cfg": {**VIT["model_cfg"], "quick_gelu": False}}
+    (tmp_path / "c" / encoders.CONFIG_FILE).write_text(json.dumps(config))
+    assert encoders.model_digest(tmp_path / "c") != encoders.model_digest(tmp_path / "a")
+
+
+def test_random_weights_follow_the_seed(vit: Clip):
+    name = "visual.conv1.weight"
+    same, other = (encoders.build_clip(VIT, seed=seed) for seed in (0, 1))
+    assert torch.equal(vit.model.get_parameter(name), same.model.get_parameter(name))
+    assert not torch.equal(vit.model.get_parameter(name), other.model.get_parameter(name))
+    assert vit.digest == same.digest != other.digest
+    assert encoders.model_digest("RN50", seed=1) != encoders.model_digest("RN50", seed=2)
+
+
+@pytest.mark.parametrize(
+    ("ref", "named"),
+    [
+        ("ViT-B-17", "ViT-B-16"),
+        ("ViT-B-16/opnai", "openai"),
+        ("ViT-B-16-quickgelu/laion2b_s34b_b88k", "laion2b_s34b_b88k"),
+    ],
+)
+def test_unknown_models_are_refused_with_the_nearest(ref: str, named: str):
+    with pytest.raises(UsageError, match=named):
+        encoders.load_clip(ref)
+
+
+def test_disagreement_about_the_activation_is_refused():
+    with pytest.raises(UsageError, match="QuickGELU"):
+        encoders.load_clip("roberta-ViT-B-32/laion2b_s12b_b32k")
+
+
+def test_damaged_folders_are_named(vit: Clip, tmp_path: Path):
+    with pytest.raises(InputError, match=encoders.CONFIG_FILE):
+        encoders.load_clip(tmp_path)
+    (tmp_path / encoders.CONFIG_FILE).write_text(json.dumps(VIT))
+    with pytest.raises(InputError, match="no weights"):
+        encoders.load_clip(tmp_path)
+    encoders.save_clip(vit, tmp_path)
+    weights = tmp_path / encoders.WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=str(tmp_path)):
+        encoders.load_clip(tmp_path)
+
+
+def test_bf16_on_a_cpu_is_refused():
+    with pytest.raises(UsageError, match="bf16"):
+        encoders.build_clip(VIT, precision="bf16")
+
+
+# -- embedding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_trimmed_texts_equal_padded_ones(custom: bool):
+    config = copy.deepcopy(VIT)
+    config["model_cfg"]["custom_text"] = custom
+    clip = encoders.build_clip(config)
+    tokens = clip.tokenize(TEXTS)
+    with torch.no_grad():
+        padded = clip.model.encode_text(tokens.ids, normalize=True)
+    for row, text in enumerate(TEXTS):
+        torch.testing.assert_close(clip.encode_texts([text])[0], padded[row], atol=1e-6, rtol=0)
+    vectors, share = encoders.embed_texts(clip, TEXTS, batch_size=2)
+    np.testing.assert_allclose(vectors, padded.numpy(), atol=1e-6)
+    assert share == 1 / 5
+    assert tokens.truncated.tolist() == [False, False, False, True, False]  # row 2 fills all 32 positions exactly
+    assert int(tokens.ids[2].argmax()) == clip.context_length - 1
+
+
+def test_text_trimming_does_less_work(vit: Clip):
+    lengths: list[int] = []
+    handle = vit.model.ln_final.register_forward_hook(lambda _module, inputs, _out: lengths.append(inputs[0].shape[1]))
+    try:
+        encoders.embed_texts(vit, ["a cat", "x " * 80, "a dog"], batch_size=2)
+    finally:
+        handle.remove()
+    assert lengths == [4, 32]
+
+
+def test_towers_that_see_all_positions_are_not_trimmed():
+    config = copy.deepcopy(VIT)
+    config["model_cfg"]["custom_text"] = True
+    config["model_cfg"]["text_cfg"] |= {"no_causal_mask": True, "pool_type": "last"}
+    clip = encoders.build_clip(config)
+    tokens = clip.tokenize(TEXTS)
+    with torch.no_grad():
+        torch.testing.assert_close(clip.encode_texts(TEXTS), clip.model.encode_text(tokens.ids, normalize=True))
+    assert tokens.truncated.tolist() == [False, False, False, True, False]
+
+
+def test_images_embed_in_order_as_unit_rows(vit: Clip):
+    import io
+
+    from PIL import Image
+
+    def image_bytes(row: int) -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", (40, 30), (row * 20, 255 - row * 20, 99)).save(stream, "PNG")
+        return stream.getvalue()
+
+    seen: list[tuple[int, int]] = []
+    vectors = encoders.embed_images(vit, image_bytes, 7, batch_size=3, progress=lambda *at: seen.append(at))
+    assert vectors.shape == (7, 16)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    single = encoders.embed_images(vit, lambda _row: image_bytes(5), 1)
+    np.testing.assert_allclose(vectors[5], single[0], atol=1e-6)
+    assert seen == [(3, 7), (6, 7), (7, 7)]

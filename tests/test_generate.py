@@ -1,0 +1,598 @@
+"""Generation: byte-stable sampling, resume, import."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import random
+import re
+import signal
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from gmail_cli.artifacts import Workspace
+from gmail_cli.components import diffusion
+from gmail_cli.errors import InputError, SetupError, UsageError
+from gmail_cli.profile import Generate, Profile, build
+from gmail_cli.stages import generate
+
+# some of diffusers' schedulers ask numpy for copies in a way that numpy 2 deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+
+def build_pipeline(folder: Path) -> Path:
+    """Save a small untrained Stable Diffusion pipeline: 32 px images, 32 tokens."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={token: row for row, token in enumerate(tokens)}, merges=[], model_max_length=32)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
+def pipeline(pipeline_folder: Path) -> Any:
+    return diffusion.load_pipeline(str(pipeline_folder))
+
+
+SAMPLING = diffusion.Sampling(steps=3, guidance=3.0, batch_size=4, seed=5)
+JOBS = [
+    diffusion.Job(f"c{row}", f"{word} on a table", k)
+    for row, word in enumerate(["cat", "dog", "cow"])
+    for k in range(2)
+]
+
+
+def pixels(sampler: diffusion.Sampler, jobs: Sequence[diffusion.Job]) -> dict[diffusion.Job, bytes]:
+    return {drawn.job: drawn.pixels.tobytes() for batch in sampler.draw(jobs) for drawn in batch}
+
+
+# -- sampling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "reuse"),
+    [("default", True), ("default", False), ("EulerAncestralDiscreteScheduler", True), ("DDPMScheduler", True)],
+)
+def test_an_image_is_the_same_bytes_in_any_order_neighbourhood_and_shard(
+    pipeline_folder: Path, scheduler: str, reuse: bool
+) -> None:
+    loaded = diffusion.load_pipeline(str(pipeline_folder), scheduler=scheduler)
+    sampler = diffusion.Sampler(loaded, sampling=SAMPLING)
+    assert sampler.reuses_encodings
+    sampler.reuses_encodings = reuse
+    whole = pixels(sampler, JOBS)
+    assert len(set(whole.values())) == len(JOBS)
+    assert pixels(sampler, JOBS[::-1]) == whole
+    assert pixels(sampler, [JOBS[4]]) == {JOBS[4]: whole[JOBS[4]]}
+    for shards in (2, 4):
+        assert {
+            job: image for shard in range(shards) for job, image in pixels(sampler, JOBS[shard::shards]).items()
+        } == whole
+
+
+def test_reused_encodings_change_nothing_and_save_the_text_encoder(pipeline: Any) -> None:
+    calls: list[int] = []
+    hook = pipeline.text_encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(len((args or [kwargs["input_ids"]])[0])), with_kwargs=True
+    )
+    try:
+        sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+        jobs = [dataclasses.replace(job, k=k) for job in JOBS[::2] for k in range(3)]
+        reused = pixels(sampler, jobs)
+        assert calls == [4, 4]  # three captions in one block of 4, and the empty negative prompt
+        sampler.reuses_encodings = False
+        assert pixels(sampler, jobs) == reused
+    finally:
+        hook.remove()
+
+
+def test_starting_in_the_middle_yields_the_rest_of_the_same_images(pipeline: Any) -> None:
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    whole = pixels(sampler, JOBS)
+    late = [drawn for batch in sampler.draw(JOBS, start=5) for drawn in batch]
+    assert [drawn.job for drawn in late] == JOBS[5:]
+    assert all(drawn.pixels.tobytes() == whole[drawn.job] for drawn in late)
+
+
+def test_each_part_of_a_jobs_identity_moves_its_seed() -> None:
+    job = diffusion.Job("a", "a cat", 0)
+    seeds = {
+        diffusion.derived_seed(job, seed=0),
+        diffusion.derived_seed(job, seed=1),
+        diffusion.derived_seed(job, seed=0, attempt=1),
+        diffusion.derived_seed(dataclasses.replace(job, k=1), seed=0),
+        diffusion.derived_seed(dataclasses.replace(job, caption_id="b"), seed=0),
+        diffusion.derived_seed(dataclasses.replace(job, prompt="a dog"), seed=0),
+    }
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("fault", [0.0, float("nan")])
+def test_a_blank_or_broken_image_is_drawn_again(pipeline: Any, fault: float) -> None:
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    whole = pixels(sampler, JOBS[:4])
+    calls = 0
+
+    def spoil(_module: object, _inputs: object, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls <= 2:
+            output[2] = fault
+        return output
+
+    hook = pipeline.vae.decoder.register_forward_hook(spoil)
+    try:
+        drawn = next(sampler.draw(JOBS[:4]))
+    finally:
+        hook.remove()
+    assert [each.attempt for each in drawn] == [0, 0, 2, 0]
+    assert drawn[2].seed == diffusion.derived_seed(JOBS[2], seed=5, attempt=2)
+    assert [each.pixels.tobytes() == whole[each.job] for each in drawn] == [True, True, False, True]
+
+
+def test_a_generator_that_stays_blank_stops_the_run(pipeline: Any) -> None:
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    hook = pipeline.vae.decoder.register_forward_hook(lambda _module, _inputs, output: output * 0)
+    try:
+        with pytest.raises(SetupError, match=r"'c0'.*cat on a table"):
+            next(sampler.draw(JOBS[:4]))
+    finally:
+        hook.remove()
+
+
+def test_captions_longer_than_the_text_encoder_are_marked(pipeline: Any) -> None:
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    jobs = [diffusion.Job("fits", "a" * 30, 0), diffusion.Job("cut", "a" * 31, 0)]  # 32 tokens with start and end
+    assert [drawn.truncated for drawn in next(sampler.draw(jobs))] == [False, True]
+
+
+SCHEDULERS = get_args(Generate.model_fields["scheduler"].annotation)
+
+
+def test_every_scheduler_of_the_profile_draws_images_of_its_own(pipeline_folder: Path) -> None:
+    images, four = {}, dataclasses.replace(SAMPLING, steps=4)
+    for name in SCHEDULERS:
+        loaded = diffusion.load_pipeline(str(pipeline_folder), scheduler=name)
+        assert name in {"default", type(loaded.scheduler).__name__}
+        images[name] = pixels(diffusion.Sampler(loaded, sampling=four), JOBS[:1])[JOBS[0]]
+    assert images.pop("default") == images["DDIMScheduler"]
+    assert len(set(images.values())) >= 7  # orders of one solver agree on so small a denoiser
+    with pytest.raises(UsageError, match=r"FlowMatchEuler.*DDIMScheduler\n.*'default' or one of: DDIM"):
+        diffusion.load_pipeline(str(pipeline_folder), scheduler="FlowMatchEulerDiscreteScheduler")
+    pndm = diffusion.load_pipeline(str(pipeline_folder), scheduler="PNDMScheduler")
+    with pytest.raises(UsageError, match=r"PNDMScheduler cannot draw with steps = 3"):
+        pixels(diffusion.Sampler(pndm, sampling=SAMPLING), JOBS[:1])
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        SetupError, match=r"nobody/nothing.*abc.*OFFLINE.*\n.*hf download nobody/nothing --revision abc"
+    ):
+        diffusion.load_pipeline("nobody/nothing", revision="abc")
+    with pytest.raises(InputError, match=r"model_index\.json"):
+        diffusion.load_pipeline(str(tmp_path))
+    with pytest.raises(InputError, match="does not exist"):
+        diffusion.load_pipeline("./nowhere")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "X"]}')
+    with pytest.raises(InputError, match="not a complete diffusers pipeline"):
+        diffusion.load_pipeline(str(tmp_path))
+    with pytest.raises(UsageError, match="float16"):
+        diffusion.load_pipeline(str(tmp_path), dtype="float16")
+
+
+# -- the stage -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def captions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve image records of two captions each, as COCO writes them."""
+    file = tmp_path_factory.mktemp("captions") / "coco.json"
+    nouns = ["cat", "dog", "cow", "hen", "fox", "owl", "bee", "ant", "elk", "emu", "yak", "ape"]
+    content = {
+        "images": [{"id": row, "file_name": f"{row}.jpg"} for row in range(12)],
+        "annotations": [
+            {"id": 100 + 2 * row + turn, "image_id": row, "caption": f"{article} {noun} in a field"}
+            for row, noun in enumerate(nouns)
+            for turn, article in enumerate(("a", "one"))
+        ],
+    }
+    file.write_text(json.dumps(content))
+    return file
+
+
+def profile_for(pipeline_folder: Path, captions_file: Path, **generate: Any) -> Profile:
+    chosen = {"model": str(pipeline_folder), "steps": 2, "guidance": 2.0, "batch_size": 4} | generate
+    return build({"data": {"train": str(captions_file)}, "generate": chosen})
+
+
+def test_generate_writes_an_image_and_a_record_for_every_caption_and_k(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path
+) -> None:
+    profile = profile_for(pipeline_folder, captions_file, per_caption=3, limit=2)
+    told: list[tuple[int, int]] = []
+    artifact = generate.run(profile, Workspace(tmp_path), progress=lambda *state: told.append(state))
+    records = artifact.read_jsonl("records.jsonl")
+    assert [(each["owner"], each["caption_id"], each["k"]) for each in records] == [
+        (owner, caption, k)
+        for owner, caption in [("0", "100"), ("0", "101"), ("1", "102"), ("1", "103")]
+        for k in range(3)
+    ]
+    assert [each["key"] for each in records[:4]] == ["100-0", "100-1", "100-2", "101-0"]
+    assert records[0]["path"] == "images/000/100-0.png"
+    assert records[0]["caption"] == "a cat in a field"
+    for record in records:
+        content = artifact.file(record["path"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == record["sha256"] == artifact.files[record["path"]]["sha256"]
+        with Image.open(io.BytesIO(content)) as image:
+            assert image.size == (record["width"], record["height"]) == (32, 32)
+    assert len({each["sha256"] for each in records}) == 12
+    assert artifact.verify() == []
+    assert artifact.summary["images"] == 12
+    assert artifact.summary["owners"] == 2
+    assert artifact.summary["truncated_share"] == 0
+    assert artifact.summary["scheduler"] == "DDIMScheduler"
+    assert told == sorted(told)
+    assert told[-1] == (12, 12)
+    assert generate.plan_key(profile).digest == artifact.digest
+    before = artifact.path.stat().st_mtime_ns
+    assert generate.run(profile, Workspace(tmp_path)).path.stat().st_mtime_ns == before
+
+
+def test_images_do_not_depend_on_the_run_they_are_part_of(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path
+) -> None:
+    def records(**chosen: int) -> list[dict[str, Any]]:
+        profile = profile_for(pipeline_folder, captions_file, **chosen)
+        return generate.run(profile, Workspace(tmp_path)).read_jsonl("records.jsonl")
+
+    small, large = records(limit=1), records(limit=3, per_caption=2)
+    by_key = {each["key"]: each["sha256"] for each in large}
+    assert {each["key"]: each["sha256"] for each in small}.items() <= by_key.items()
+
+
+def test_the_same_captions_are_the_same_plan_wherever_they_lie(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path
+) -> None:
+    copy = tmp_path / "moved.json"
+    copy.write_bytes(captions_file.read_bytes())
+    there = generate.plan_key(profile_for(pipeline_folder, captions_file))
+    assert generate.plan_key(profile_for(pipeline_folder, copy)).digest == there.digest
+    copy.write_text(copy.read_text().replace("cat", "cap"))
+    assert generate.plan_key(profile_for(pipeline_folder, copy)).digest != there.digest
+
+
+def test_coco_times_five_is_five_images_for_every_caption(shared_data: Path, pipeline_folder: Path) -> None:
+    source = shared_data / "coco" / "captions_val2017.json"
+    planned = generate.plan(profile_for(pipeline_folder, source, per_caption=5, limit=20))
+    assert len({each.owner for each in planned}) == 20
+    assert len({each.caption_id for each in planned}) == len(planned) / 5 >= 100
+
+
+CHANGES: dict[str, Any] = {
+    "name": "other",
+    "limit": 1,
+    "captions_per_image": 1,
+    "per_caption": 2,
+    "dtype": "bfloat16",
+    "scheduler": "EulerDiscreteScheduler",
+    "steps": 3,
+    "guidance": 4.0,
+    "prompt_template": "a photo of {caption}",
+    "negative_prompt": "bad",
+    "batch_size": 3,
+    "format": "jpg",
+}
+OTHERWISE_TESTED = {"source", "import_path", "model", "revision", "kinds", "height", "width", "quality"}
+
+
+def test_every_setting_moves_the_digest(pipeline_folder: Path, captions_file: Path) -> None:
+    assert CHANGES.keys() | OTHERWISE_TESTED == Generate.model_fields.keys()
+    variants = [{}, *({name: value} for name, value in CHANGES.items())]
+    variants += [{"format": "jpg", "quality": 50}, {"format": "webp"}, {"height": 16, "width": 24}]
+    digests = {generate.plan_key(profile_for(pipeline_folder, captions_file, **each)).digest for each in variants}
+    assert len(digests) == len(variants)
+    png = [profile_for(pipeline_folder, captions_file, quality=quality) for quality in (1, 90)]
+    assert len({generate.plan_key(each).digest for each in png}) == 1
+    seeded = png[0].model_copy(update={"seed": 1})
+    assert generate.plan_key(seeded).digest != generate.plan_key(png[0]).digest
+
+
+def test_every_setting_moves_the_result(tmp_path: Path, pipeline_folder: Path, captions_file: Path) -> None:
+    def content(**changed: Any) -> str:
+        profile = profile_for(pipeline_folder, captions_file, **({"limit": 2} | changed))
+        return generate.run(profile, Workspace(tmp_path)).content
+
+    plain = content()
+    moved = set(CHANGES) - {"batch_size"}  # which may leave eight bits of colour as they are
+    contents = {name: content(**{name: CHANGES[name]}) for name in sorted(moved)}
+    assert plain not in contents.values()
+    assert len(set(contents.values())) == len(contents)
+    assert content(format="jpg", quality=50) != contents["format"]
+
+
+def test_height_and_width_are_those_of_the_images(tmp_path: Path, pipeline_folder: Path, captions_file: Path) -> None:
+    profile = profile_for(pipeline_folder, captions_file, limit=1, height=16, width=24)
+    artifact = generate.run(profile, Workspace(tmp_path))
+    with Image.open(artifact.file("images/000/100-0.png")) as image:
+        assert image.size == (24, 16)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "webp"])
+def test_lossy_formats_are_what_they_are_called(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, extension: str
+) -> None:
+    profile = profile_for(pipeline_folder, captions_file, format=extension, limit=1, captions_per_image=1)
+    artifact = generate.run(profile, Workspace(tmp_path))
+    with Image.open(artifact.file(f"images/000/100-0.{extension}")) as image:
+        assert image.format == {"jpg": "JPEG", "webp": "WEBP"}[extension]
+
+
+def test_kinds_choose_the_captions(pipeline_folder: Path) -> None:
+    def planned(*kinds: str) -> list[generate.Planned]:
+        profile = build(
+            {
+                "data": {"train": "scenes:train", "train_limit": 2},
+                "generate": {"model": str(pipeline_folder), "kinds": list(kinds)},
+            }
+        )
+        return generate.plan(profile)
+
+    short, long = planned("short"), planned("long")
+    assert (len(short), len(long)) == (10, 2)
+    assert {each.key for each in planned("short", "long")} == {each.key for each in short + long}
+
+
+def test_a_hub_model_needs_its_revision_and_carries_it_in_the_key(captions_file: Path) -> None:
+    def profile(revision: str) -> Profile:
+        return build({"data": {"train": str(captions_file)}, "generate": {"model": "some/model", "revision": revision}})
+
+    with pytest.raises(UsageError, match=r"some/model.*revision"):
+        generate.plan_key(profile(""))
+    assert generate.plan_key(profile("abc")).models == {"generator": "some/model@abc"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_template": "a photo"},
+        {"negative_prompt": "bad", "guidance": 1.0},
+        {"source": "import"},
+        {"import_path": "folder"},
+        {"height": 32},
+        {"width": 30, "height": 32},
+        {"kinds": []},
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        build({"generate": wrong})
+
+
+@given(st.lists(st.text(min_size=1, max_size=200), unique=True, max_size=8), st.integers(0, 10))
+def test_keys_are_safe_file_names_and_never_meet(identities: list[str], k: int) -> None:
+    keys = [generate.file_key(identity, k) for identity in identities]
+    assert len(set(keys)) == len(keys)
+    assert all(re.fullmatch(r"[a-z0-9_-][a-z0-9._-]*", key) and len(key) < 120 for key in keys)
+
+
+def test_a_plain_id_stays_readable() -> None:
+    assert generate.file_key("000123#2", 4) == "000123_2-3ff9fe96a434-4"
+    assert generate.file_key("scene-0001.c2", 0) == "scene-0001.c2-0"
+
+
+# -- interruption ----------------------------------------------------------------------------------------------
+
+
+PRELOADED = [
+    "gmail_cli.stages.generate",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.schedulers.scheduling_ddim",
+    "transformers.models.clip.modeling_clip",
+]
+
+
+def test_killed_again_and_again_a_run_ends_in_the_bytes_of_one_never_killed(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path
+) -> None:
+    profile = profile_for(pipeline_folder, captions_file, per_caption=3, steps=3)  # 72 images in 18 batches
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    folder = Workspace(tmp_path / "killed").folder("generate") / f"{expected.digest[:12]}.partial"
+    chance = random.Random(7)
+    kills = 0
+    for target in sorted(chance.sample(range(1, 66), 3)):
+        child = context.Process(target=generate.run, args=(profile, Workspace(tmp_path / "killed")))
+        child.start()
+        while child.is_alive() and len(list(folder.rglob("images/*/*.png"))) < target:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.1)
+        child.kill()
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+    assert kills >= 2
+    assert len(list(folder.rglob("images/*/*.png"))) > 50
+    resumed = generate.run(profile, Workspace(tmp_path / "killed"))
+    assert resumed.files == expected.files
+    assert resumed.content == expected.content
+    assert resumed.summary == expected.summary
+    assert resumed.verify() == []
+
+
+def test_ctrl_c_finishes_the_batch_and_the_next_run_goes_on_from_there(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path
+) -> None:
+    profile = profile_for(pipeline_folder, captions_file)
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))
+    workspace = Workspace(tmp_path / "stopped")
+
+    def stop(done: int, total: int) -> None:
+        if done == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        generate.run(profile, workspace, progress=stop)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert workspace.is_partial(generate.plan_key(profile))
+    told: list[int] = []
+    resumed = generate.run(profile, workspace, progress=lambda done, total: told.append(done))
+    assert told[0] == 12 == told[1] - 4
+    assert resumed.content == expected.content
+
+
+def test_a_damaged_image_of_an_interrupted_run_is_made_again(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path
+) -> None:
+    profile = profile_for(pipeline_folder, captions_file)
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))
+    workspace = Workspace(tmp_path / "stopped")
+
+    def stop(done: int, total: int) -> None:
+        if done >= 8:
+            raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="went away"):
+        generate.run(profile, workspace, progress=stop)
+    partial = workspace.folder("generate") / f"{expected.digest[:12]}.partial"
+    (partial / "images" / "000" / "102-0.png").write_bytes(b"torn")
+    with (partial / "records.jsonl").open("ab") as stream:
+        stream.write(b'{"key": "torn')
+    assert generate.run(profile, workspace).files == expected.files
+
+
+# -- import ----------------------------------------------------------------------------------------------------
+
+
+def _picture(red: int, *, suffix: str = ".png") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 7), (red, 20, 30)).save(stream, format={".png": "PNG", ".jpg": "JPEG"}[suffix])
+    return stream.getvalue()
+
+
+PICTURES = {"a": _picture(10), "b": _picture(200, suffix=".jpg")}
+TEXTS = {"a": "a red car", "b": "a blue car"}
+
+
+def _folder(root: Path) -> Path:
+    folder = root / "folder"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PICTURES["a"])
+    (folder / "b.jpg").write_bytes(PICTURES["b"])
+    rows = [{"file_name": name, "caption": TEXTS[name[0]]} for name in ("a.png", "b.jpg")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _tar(root: Path) -> Path:
+    path = root / "shard.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in [("a.png", PICTURES["a"]), ("b.jpg", PICTURES["b"])]:
+            members = [(name, content), (f"{name[0]}.txt", TEXTS[name[0]].encode())]
+            for member, data in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def _parquet(root: Path) -> Path:
+    path = root / "shard.parquet"
+    rows = [
+        {"key": key, "class": "car", "caption": TEXTS[key], "image": {"bytes": PICTURES[key], "path": None}}
+        for key in ("a", "b")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("make", [_folder, _tar, _parquet])
+def test_images_made_elsewhere_come_in_byte_for_byte(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    source = make(tmp_path)
+    profile = build({"generate": {"source": "import", "import_path": str(source), "name": "sd-1.4"}})
+    artifact = generate.run(profile, Workspace(tmp_path / "runs"))
+    records = artifact.read_jsonl("records.jsonl")
+    assert [artifact.file(each["path"]).read_bytes() for each in records] == list(PICTURES.values())
+    assert [Path(each["path"]).suffix for each in records] == [".png", ".jpg"]
+    assert [each["caption"] for each in records] == list(TEXTS.values())
+    assert {each["generator"] for each in records} == {"sd-1.4"}
+    assert all((each["width"], each["height"], each["seed"], each["k"]) == (9, 7, None, 0) for each in records)
+    assert [each["label"] for each in records] == ["car" if make is _parquet else None] * 2
+    assert artifact.digest == generate.plan_key(profile).digest
+    fewer = build({"generate": {"source": "import", "import_path": str(source), "name": "sd-1.4", "limit": 1}})
+    assert generate.plan_key(fewer).digest != artifact.digest
+    again = build({"generate": {"source": "import", "import_path": str(source)}})
+    assert generate.run(again, Workspace(tmp_path / "runs")).summary["generator"] == "import"
+
+
+def test_an_import_says_which_image_is_broken(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    (folder / "b.jpg").write_bytes(PICTURES["b"][:150])
+    profile = build({"generate": {"source": "import", "import_path": str(folder)}})
+    with pytest.raises(InputError, match="cannot decode image 'b"):
+        generate.run(profile, Workspace(tmp_path / "runs"))

@@ -1,0 +1,141 @@
+"""The tuned tower: LoRA through peft, merging, and leaving f_r alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from small_clips import RESNET, TEXTS, VIT
+
+from gmail_cli.components import encoders, tuning
+from gmail_cli.components.encoders import Clip
+from gmail_cli.errors import InputError, UsageError
+
+
+@pytest.fixture(scope="module")
+def vit() -> Clip:
+    return encoders.build_clip(VIT, name="vit")
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Clip:
+    clip = encoders.build_clip(RESNET, name="resnet")
+    for name, parameter in clip.model.visual.named_parameters():
+        if name.endswith("bn3.weight"):  # open_clip starts them at zero, which would hide what lies before
+            parameter.data.fill_(1.0)
+    return clip
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _tuned(tower: tuning.TunedTower, *, seed: int = 0) -> tuning.TunedTower:
+    """Move every trained parameter, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return tower
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_adapter_round_trip(kind: str, pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest):
+    clip: Clip = request.getfixturevalue(kind)
+    real = clip.encode_images(pixels)
+    tower = tuning.add_lora(clip, rank=2, alpha=4.0)
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), real, atol=1e-6, rtol=0)
+        tuned = _tuned(tower)(pixels)
+    assert (tuned - real).abs().max() > 1e-3
+    assert torch.equal(clip.encode_images(pixels), real), "f_r moved"
+
+    for name in ("adapter", "clip"):
+        (tmp_path / name).mkdir()
+    tuning.save_adapter(tower, tmp_path / "adapter", base=clip.name)
+    with torch.no_grad():
+        assert torch.equal(tuning.load_adapter(clip, tmp_path / "adapter")(pixels), tuned)
+
+    merged = tuning.merge(clip, tower)
+    torch.testing.assert_close(merged.encode_images(pixels), tuned, atol=1e-5, rtol=0)
+    encoders.save_clip(merged, tmp_path / "clip")
+    plain = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain.encode_image(pixels, normalize=True), tuned, atol=1e-5, rtol=0)
+    assert merged.digest == encoders.model_digest(tmp_path / "clip") != clip.digest
+    assert torch.equal(merged.encode_texts(TEXTS), clip.encode_texts(TEXTS))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_plain_peft_gives_the_same_embeddings(
+    kind: str, pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
+):
+    from peft import PeftModel
+
+    clip: Clip = request.getfixturevalue(kind)
+    tower = _tuned(tuning.add_lora(clip, rank=2))
+    tuning.save_adapter(tower, tmp_path, base=clip.name)
+    plain = PeftModel.from_pretrained(copy.deepcopy(clip.model.visual), str(tmp_path)).eval()
+    with torch.no_grad():
+        wrapped = torch.nn.functional.normalize(plain(pixels), dim=-1)
+        folded = torch.nn.functional.normalize(plain.merge_and_unload()(pixels), dim=-1)
+        torch.testing.assert_close(wrapped, tower(pixels), atol=1e-5, rtol=0)
+        torch.testing.assert_close(folded, tower(pixels), atol=1e-5, rtol=0)
+
+
+def test_adapter_bytes_repeat(vit: Clip, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tuning.save_adapter(_tuned(tuning.add_lora(vit, rank=2, seed=3)), tmp_path / name, base="x")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_training_never_moves_a_frozen_weight(vit: Clip, pixels: torch.Tensor):
+    tower = tuning.add_lora(vit, rank=2)
+    before = {name: value.clone() for name, value in tower.visual.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in tower.parameters() if p.requires_grad], lr=0.1)
+    start = tower(pixels)[:, 0].sum().item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        tower(pixels)[:, 0].sum().backward()
+        optimizer.step()
+    assert tower(pixels)[:, 0].sum().item() < start
+    for name, value in tower.visual.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_trained_parameters_are_counted(vit: Clip):
+    rank, width = 2, 32
+    attention = rank * (width + 3 * width)
+    mlp = 2 * rank * (width + 4 * width)
+    assert tuning.add_lora(vit, rank=rank).trained == 2 * (attention + mlp)
+    assert tuning.unfreeze(vit).trained == sum(p.numel() for p in vit.model.visual.parameters())
+
+
+def test_full_tuning_merges_and_leaves_f_r_alone(vit: Clip, pixels: torch.Tensor):
+    real = vit.encode_images(pixels)
+    tower = _tuned(tuning.unfreeze(vit))
+    merged = tuning.merge(vit, tower)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.encode_images(pixels), tower(pixels), atol=1e-6, rtol=0)
+    assert (merged.encode_images(pixels) - real).abs().max() > 1e-3
+    assert torch.equal(vit.encode_images(pixels), real)
+
+
+def test_adapter_of_another_model_is_refused(vit: Clip, resnet: Clip, tmp_path: Path):
+    tuning.save_adapter(tuning.add_lora(vit, rank=2), tmp_path, base=vit.name)
+    with pytest.raises(InputError, match="no adapter for resnet"):
+        tuning.load_adapter(resnet, tmp_path)
+    with pytest.raises(InputError, match="no adapter for vit"):
+        tuning.load_adapter(vit, tmp_path / "missing")
+
+
+def test_unknown_lora_targets_are_refused(vit: Clip):
+    with pytest.raises(UsageError, match=r"align\.lora_targets"):
+        tuning.add_lora(vit, targets=["nonsense"])
