@@ -260,7 +260,8 @@ class Train(Section):
     dual_projection: Literal["off", "on", "both"] = "off"
     """A projection for each flow before the head (`clipcap`, `linear-probe`); `both` trains cells without and with."""
     architecture: str = ""
-    """`clip`: open_clip config to train from random weights (a JSON file, or a name such as ViT-B-32); empty: f_r."""
+    """`clip`: open_clip config to train from random weights: a JSON file (here, or a shipped one), or a name such as
+    ViT-B-32; empty fine-tunes f_r."""
     vocabulary: Annotated[int, Field(ge=0)] = 0
     """`clip` from random weights: entries of a tokenizer learned from the captions; 0 takes CLIP's own."""
     augment: Literal["none", "crop", "crop-flip"] = "none"

@@ -69,14 +69,10 @@ def train(folder: Path, *, pause: float = 0.0, steps: int = 120) -> tuple[nn.Mod
         module,
         loss=loss,
         rows=len(images),
-        recipe=Recipe(
-            steps=steps, batch_size=8, lr=1e-2, schedule="cosine-restarts", warmup=10, ema=0.95, log_every=5
-        ),
+        recipe=Recipe(steps=steps, batch_size=8, lr=1e-2, schedule="cosine-restarts", warmup=10, ema=0.95, log_every=5),
         checkpoints=FileCheckpoints(folder / "checkpoint.safetensors"),
         checkpoint_seconds=0.0,
-        log=lambda rows: (
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows)) and None
-        ),
+        log=lambda rows: (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows)) and None,
     )
     return module, curve
 
@@ -106,9 +102,7 @@ def test_when_checkpoints_are_taken_changes_nothing(tmp_path: Path) -> None:
 
     def run(**options: object) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
         module.load_state_dict(start)
-        curve = fit(
-            module, loss=lambda i, _: module(data[i]).square().mean(), rows=30, recipe=recipe, **options
-        )
+        curve = fit(module, loss=lambda i, _: module(data[i]).square().mean(), rows=30, recipe=recipe, **options)
         return {k: v.clone() for k, v in module.state_dict().items()}, curve
 
     start = {k: v.clone() for k, v in module.state_dict().items()}
@@ -120,7 +114,7 @@ def test_when_checkpoints_are_taken_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_loss_falls(tmp_path: Path) -> None:
-    module, curve = train(tmp_path)
+    _, curve = train(tmp_path)
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert [row["step"] for row in curve] == list(range(5, 121, 5))
     assert set(curve[0]) == {"step", "loss", "lr", "grad_norm", "accuracy"}
@@ -134,9 +128,7 @@ def test_the_average_of_the_parameters_is_what_remains() -> None:
         seen.append(module.weight.item())
         return module.weight.sum()
 
-    fit(
-        module, loss=loss, rows=1, recipe=Recipe(steps=30, batch_size=1, lr=0.1, schedule="constant", ema=0.6)
-    )
+    fit(module, loss=loss, rows=1, recipe=Recipe(steps=30, batch_size=1, lr=0.1, schedule="constant", ema=0.6))
     average = seen[0]
     last = seen[-1] + seen[1] - seen[0]  # a constant gradient: AdamW's steps are equal (but for its decay)
     for step, weight in enumerate([*seen[1:], last]):

@@ -267,7 +267,9 @@ def load_lm(ref: str | Path, *, revision: str = "") -> tuple[Any, Any]:
         SetupError: The model can be neither found nor fetched.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     place = str(SHIPPED_LMS.get(str(ref), ref))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or None)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, folder_digest
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import ArmName, Data, Profile, TaskName, settings
+from gmail_cli.profile import ArmName, Data, Profile, TaskName, settings, shipped_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -484,8 +484,9 @@ TASKS: Mapping[TaskName, Task] = {
 def _architecture(ref: str) -> dict[str, Any]:
     """The open_clip config that ``train.architecture`` names."""
     if ref.endswith(".json"):
+        path = Path(ref) if Path(ref).is_file() else shipped_folder() / ref
         try:
-            config = json.loads(Path(ref).read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"train.architecture = {ref!r} cannot be read: {error}") from error
         if not isinstance(config, dict) or "model_cfg" not in config:
