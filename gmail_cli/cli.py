@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -38,7 +39,14 @@ artifacts_app = typer.Typer(
 app.add_typer(profile_app, name="profile")
 app.add_typer(artifacts_app, name="artifacts")
 
-_SHARED = "Shared options"
+
+class OnBad(str, Enum):
+    """What a bad record does."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
 ProfileOption = Annotated[
     str | None,
     typer.Option("--profile", "-p", metavar="NAME|PATH", help="Profile; default: $GMAIL_PROFILE, ./gmail.toml, tiny."),
@@ -76,6 +84,9 @@ ImagesOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, metavar="N", help="Use the first N images with all their captions.")
 ]
+OnBadOption = Annotated[
+    OnBad | None, typer.Option("--on-bad", help="What a bad caption or image record does (data.on_bad).")
+]
 
 
 @app.callback()
@@ -97,6 +108,7 @@ def generate(
         str | None,
         typer.Option("--import", metavar="PATH", help="Take images made elsewhere (folder, tar, Parquet) instead."),
     ] = None,
+    on_bad: OnBadOption = None,
     profile: ProfileOption = None,
     set_: SetOption = None,
     run: RunOption = None,
@@ -109,8 +121,9 @@ def generate(
         "data.train": captions,
         "data.train_images": images,
         "generate.per_caption": per_caption,
-        "data.train_limit": limit,
+        "generate.limit": limit,
         "generate.import_path": import_,
+        "data.on_bad": on_bad,
     }
     if import_ is not None:
         flags["generate.source"] = "import"
@@ -122,6 +135,7 @@ def align(
     generated: GeneratedOption = None,
     captions: CaptionsOption = None,
     images: ImagesOption = None,
+    on_bad: OnBadOption = None,
     profile: ProfileOption = None,
     set_: SetOption = None,
     run: RunOption = None,
@@ -130,7 +144,7 @@ def align(
     dry_run: DryRunOption = False,
 ) -> None:
     """Tune f_g, a copy of CLIP's image encoder, until f_g(generated) meets f_r(real)."""
-    flags = {"data.train": captions, "data.train_images": images}
+    flags = {"data.train": captions, "data.train_images": images, "data.on_bad": on_bad}
     _stage("align", _Context(profile, set_, run, workspace, as_json, dry_run, flags), generated=generated)
 
 
@@ -142,6 +156,7 @@ def train(
     images: ImagesOption = None,
     task: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Task to train; may be repeated.")] = None,
     arm: Annotated[list[str] | None, typer.Option(metavar="ARM", help="Data arm; may be repeated.")] = None,
+    on_bad: OnBadOption = None,
     profile: ProfileOption = None,
     set_: SetOption = None,
     run: RunOption = None,
@@ -150,7 +165,8 @@ def train(
     dry_run: DryRunOption = False,
 ) -> None:
     """Train captioners, text towers, probes or whole CLIPs on real or generated images, at equal steps."""
-    flags = {"data.train": captions, "data.train_images": images, "train.tasks": task, "train.arms": arm}
+    flags: dict[str, Any] = {"data.train": captions, "data.train_images": images, "data.on_bad": on_bad}
+    flags |= {"train.tasks": task, "train.arms": arm}
     context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
     _stage("train", context, generated=generated, aligned=aligned)
 
@@ -166,6 +182,7 @@ def embed(
     generated: GeneratedOption = None,
     aligned: AlignedOption = None,
     train_: TrainOption = None,
+    on_bad: OnBadOption = None,
     profile: ProfileOption = None,
     set_: SetOption = None,
     run: RunOption = None,
@@ -174,7 +191,7 @@ def embed(
     dry_run: DryRunOption = False,
 ) -> None:
     """Embed real images through f_r, generated ones through f_g, and texts; ids stay with vectors."""
-    flags = {"data.test": captions, "data.test_images": images, "data.test_limit": limit}
+    flags = {"data.test": captions, "data.test_images": images, "data.test_limit": limit, "data.on_bad": on_bad}
     context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
     _stage("embed", context, generated=generated, aligned=aligned, train=train_)
 

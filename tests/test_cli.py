@@ -45,7 +45,19 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_every_command_of_the_design_is_there(tmp_path: Path) -> None:
     shown = gmail("--help", cwd=tmp_path).stdout
-    for name in ("generate", "align", "train", "embed", "index", "eval", "run", "search", "profile", "artifacts", "doctor"):
+    for name in (
+        "generate",
+        "align",
+        "train",
+        "embed",
+        "index",
+        "eval",
+        "run",
+        "search",
+        "profile",
+        "artifacts",
+        "doctor",
+    ):
         assert re.search(rf"^  {name} ", shown, re.MULTILINE), name
 
 
@@ -69,9 +81,17 @@ def test_profile_list_check_and_schema(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("align", "--set", "align.lora_rnak=8"), 2, "error: tiny.toml: unknown key 'align.lora_rnak'; did you mean 'lora_rank'?"),
+        (
+            ("align", "--set", "align.lora_rnak=8"),
+            2,
+            "error: tiny.toml: unknown key 'align.lora_rnak'; did you mean 'lora_rank'?",
+        ),
         (("align", "--profile", "tinny"), 2, "error: --profile: no profile 'tinny'\nhint: Did you mean 'tiny'?"),
-        (("align",), 3, "error: align needs a generate artifact and runs/tiny/generate has none\nhint: Run `gmail generate` first"),
+        (
+            ("align",),
+            3,
+            "error: align needs a generate artifact and runs/tiny/generate has none\nhint: Run `gmail generate` first",
+        ),
         (("align", "--generated", "nowhere"), 3, "error: nowhere is not an artifact: it has no manifest.json"),
         (("eval", "--run", "../up"), 2, "error: run name '../up' is not a plain folder name"),
         (("artifacts", "verify"), 3, "error: no folder runs"),

@@ -459,14 +459,14 @@ PRELOADED = [
 def test_killed_again_and_again_a_run_ends_in_the_bytes_of_one_never_killed(
     tmp_path: Path, pipeline_folder: Path, captions_file: Path
 ) -> None:
-    profile = profile_for(pipeline_folder, captions_file, per_caption=4, steps=6)  # 96 images in 24 batches
+    profile = profile_for(pipeline_folder, captions_file, per_caption=3, steps=3)  # 72 images in 18 batches
     expected = generate.run(profile, Workspace(tmp_path / "whole"))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folder = Workspace(tmp_path / "killed").folder("generate") / f"{expected.digest[:12]}.partial"
     chance = random.Random(7)
     kills = 0
-    for target in sorted(chance.sample(range(1, 88), 4)):
+    for target in sorted(chance.sample(range(1, 66), 3)):
         child = context.Process(target=generate.run, args=(profile, Workspace(tmp_path / "killed")))
         child.start()
         while child.is_alive() and len(list(folder.rglob("images/*/*.png"))) < target:
@@ -475,8 +475,8 @@ def test_killed_again_and_again_a_run_ends_in_the_bytes_of_one_never_killed(
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
-    assert kills >= 3
-    assert len(list(folder.rglob("images/*/*.png"))) > 80
+    assert kills >= 2
+    assert len(list(folder.rglob("images/*/*.png"))) > 50
     resumed = generate.run(profile, Workspace(tmp_path / "killed"))
     assert resumed.files == expected.files
     assert resumed.content == expected.content

@@ -54,9 +54,7 @@ def test_templates_are_normalised_before_and_after_averaging() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(0, 2))
-def test_accuracies_are_fractions_that_grow_with_k_and_ignore_order(
-    seed: int, classes: int, spread: int
-) -> None:
+def test_accuracies_are_fractions_that_grow_with_k_and_ignore_order(seed: int, classes: int, spread: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.integers(-spread, spread + 1, (12, classes)).astype(np.float32)
     labels = rng.integers(0, classes, 12)
@@ -78,9 +76,7 @@ def test_the_nearest_centroid_is_the_nearest() -> None:
     rng = np.random.default_rng(0)
     train, test, labels = rng.normal(size=(90, 5)), rng.normal(size=(40, 5)), np.arange(90) % 3
     means = centroids(train, labels=labels, classes=3)
-    np.testing.assert_allclose(
-        means, [train[labels == c].mean(axis=0) for c in range(3)], rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(means, [train[labels == c].mean(axis=0) for c in range(3)], rtol=1e-5, atol=1e-6)
     distances = np.linalg.norm(test[:, None] - means, axis=2)
     scores = centroid_scores(test, centroids=means)
     np.testing.assert_array_equal(scores.argmax(axis=1), distances.argmin(axis=1))

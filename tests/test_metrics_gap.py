@@ -74,8 +74,7 @@ def test_mmd_equals_its_definition() -> None:
 def test_mmd_is_unbiased_at_zero() -> None:
     rng = np.random.default_rng(0)
     values = [
-        maximum_mean_discrepancy(rng.normal(size=(40, 4)), generated=rng.normal(size=(40, 4)))
-        for _ in range(100)
+        maximum_mean_discrepancy(rng.normal(size=(40, 4)), generated=rng.normal(size=(40, 4))) for _ in range(100)
     ]
     assert abs(np.mean(values)) < 3 * np.std(values) / 10
     assert min(values) < 0 < max(values)
@@ -107,14 +106,10 @@ def test_groups_never_straddle_folds() -> None:
     real = np.repeat(signatures, 5, axis=0) + 0.01 * rng.normal(size=(200, 200))
     generated = signatures + 0.01 * rng.normal(size=(40, 200))
     groups = np.repeat(np.arange(40), 5)
-    grouped = linear_separability(
-        real, generated=generated, real_groups=groups, generated_groups=np.arange(40)
-    )
+    grouped = linear_separability(real, generated=generated, real_groups=groups, generated_groups=np.arange(40))
     assert grouped == pytest.approx(0.5, abs=0.1)
     with pytest.raises(InputError, match="1 groups cannot fill 5 folds"):
-        linear_separability(
-            real, generated=generated, real_groups=groups * 0, generated_groups=np.zeros(40, np.int64)
-        )
+        linear_separability(real, generated=generated, real_groups=groups * 0, generated_groups=np.zeros(40, np.int64))
 
 
 @settings(max_examples=15, deadline=None)

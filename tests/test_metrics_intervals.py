@@ -102,10 +102,7 @@ def test_no_difference_has_p_one_and_random_differences_are_uniform() -> None:
     assert same.p_value == 1
     assert (same.difference.low, same.difference.high) == (0, 0)
     rng = np.random.default_rng(1)
-    p = [
-        paired_difference(np.zeros(80), other=rng.normal(size=80), draws=200, seed=i).p_value
-        for i in range(200)
-    ]
+    p = [paired_difference(np.zeros(80), other=rng.normal(size=80), draws=200, seed=i).p_value for i in range(200)]
     assert stats.kstest(p, "uniform").pvalue > 0.001
     assert np.mean(np.array(p) <= 0.05) < 0.12
 

@@ -109,9 +109,7 @@ def test_a_joint_permutation_changes_no_metric(world: tuple[np.ndarray, ...], ra
     to_image, to_text = rng.permutation(len(images)), rng.permutation(len(texts))
     place = np.argsort(to_image)
     before = retrieval_metrics(retrieval_ranks(images, texts=texts, owners=owners))
-    after = retrieval_metrics(
-        retrieval_ranks(images[to_image], texts=texts[to_text], owners=place[owners[to_text]])
-    )
+    after = retrieval_metrics(retrieval_ranks(images[to_image], texts=texts[to_text], owners=place[owners[to_text]]))
     assert after == pytest.approx(before)
     assert all(0 <= value <= 1 for name, value in before.items() if "recall" in name or "reciprocal" in name)
 

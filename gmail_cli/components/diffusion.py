@@ -11,7 +11,6 @@ SD3, FLUX, PixArt, ...) are given the captions as text and encode them with each
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
@@ -124,15 +123,19 @@ def load_pipeline(
     """
     import diffusers
     import torch
+    import transformers
 
     if dtype == "float16" and torch.device(device).type == "cpu":
         raise UsageError("generate.dtype = 'float16' does not run on a CPU", hint="set generate.dtype to 'float32'")
-    diffusers.utils.logging.set_verbosity_error()  # truncated captions are counted, not logged one by one
-    diffusers.utils.logging.disable_progress_bar()
+    # truncated captions are counted, not logged one by one, and the caller shows its own progress
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     place, folder = locate(model)
     options: dict[str, Any] = {} if folder else {"revision": revision or None}
     try:
-        with _quiet():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # how diffusers calls its hub
             config = diffusers.DiffusionPipeline.load_config(place, **options)
             if "safety_checker" in config:
                 options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -378,19 +381,3 @@ def _scheduler(own: Any, name: str) -> Any:
             hint=f"use 'default' or one of: {', '.join(sorted(allowed))}",
         )
     return getattr(diffusers, name).from_config(own.config)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars while weights load (the caller shows its own progress), no warning about how diffusers calls its hub."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

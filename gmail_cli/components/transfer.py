@@ -87,7 +87,11 @@ def make_task(
     """
     said = [image.text for image in generated]
     told: list[frozenset[str]] = [image.texts for image in real]
-    if not set(said) & set().union(*told) and all(each.label for each in generated) and all(each.label for each in real):
+    if (
+        not set(said) & set().union(*told)
+        and all(each.label for each in generated)
+        and all(each.label for each in real)
+    ):
         said = [str(image.label) for image in generated]
         told = [frozenset({str(image.label)}) for image in real]
     answers = sorted(set().union(*told))

@@ -351,7 +351,7 @@ def json_object(data: bytes) -> dict[str, Any]:
 
 def plain_text(path: Path, request: Request, report: Report) -> Iterator[Row]:
     """One caption a line; its id is the line number."""
-    for line, text in enumerate(read_text(path).split("\n"), start=1):
+    for line, text in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
         where = f"{path.name}:{line}"
         try:
             row = Row(where, f"{line:06d}", (Text(caption_text(text), kind=request.kind),))

@@ -1,0 +1,244 @@
+"""`gmail align` end to end on a randomly initialised tiny model: outputs, resume, validation, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_clips import VIT
+
+from gmail_cli import profile as profiles
+from gmail_cli.artifacts import Artifact, StageKey, Workspace
+from gmail_cli.components import captions as reader
+from gmail_cli.components import encoders, tuning
+from gmail_cli.errors import InputError, UsageError
+from gmail_cli.profile import Profile
+from gmail_cli.stages import align
+
+IMAGES = 20
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    encoders.save_clip(encoders.build_clip(VIT), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("runs"), "test")
+
+
+def _fake_generation(
+    workspace: Workspace, rows: list[dict[str, Any]], images: list[Image.Image], name: str
+) -> Artifact:
+    """A generate artifact with these images, as an import would write it."""
+    with workspace.open(StageKey(stage="generate", version=1, settings={"name": name})) as slot:
+        if slot.done:
+            return slot.artifact
+        records = []
+        for number, (row, image) in enumerate(zip(rows, images, strict=True)):
+            stream = io.BytesIO()
+            image.save(stream, "PNG")
+            path = f"images/000/{number:03d}.png"
+            slot.write_bytes(path, stream.getvalue())
+            about = {"key": f"{number:03d}", "k": 0, "seed": number, "path": path, "width": 32, "height": 32}
+            records.append({**about, "sha256": hashlib.sha256(stream.getvalue()).hexdigest(), "label": None, **row})
+        slot.write_jsonl("records.jsonl", records)
+        return slot.commit(summary={})
+
+
+def _shifted(data: bytes, *, seed: int) -> Image.Image:
+    """A "generated" version of an image: another colour cast, blur and noise."""
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32))).astype(np.float64)
+    noise = np.random.default_rng(seed).normal(0, 6, pixels.shape)
+    return Image.fromarray(np.clip(pixels * [0.6, 0.9, 1.1] + [60, 0, -20] + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def generated(workspace: Workspace) -> Artifact:
+    """Two images of each scene: siblings with one real partner."""
+    scenes = reader.read("scenes:train", limit=IMAGES, scene_size=32)
+    rows, images = [], []
+    for row, image in enumerate(scenes.images):
+        for number, caption in enumerate(scenes.captions_of(image.id)[:2]):
+            rows.append({"caption_id": caption.id, "caption": caption.text, "owner": image.id})
+            images.append(_shifted(scenes.image_bytes(row), seed=2 * row + number))
+    return _fake_generation(workspace, rows, images, "scenes")
+
+
+def _profile(clip_folder: Path, **changes: Any) -> Profile:
+    values = {
+        "data": {"train": "scenes:train", "train_limit": IMAGES, "scene_size": 32},
+        "model": {"clip": str(clip_folder)},
+        "align": {"steps": 30, "batch_size": 16, "lr": 3e-3, "validation": 0.2, "cycles": 2, **changes},
+        "runtime": {"device": "cpu", "threads": 1, "checkpoint_seconds": 0.0},
+    }
+    return profiles.build(values)
+
+
+def test_outputs_fit_one_another(clip_folder: Path, workspace: Workspace, generated: Artifact):
+    profile = _profile(clip_folder)
+    seen: list[tuple[int, int]] = []
+    artifact = align.run(profile, workspace, generated=generated, progress=lambda *at: seen.append(at))
+    assert artifact.digest == align.plan_key(profile, generated=generated.digest).digest
+    assert artifact.verify() == []
+    assert not {"targets.npy", "before.npy"} & set(artifact.files)
+    assert seen[-1] == (30, 30)
+    assert align.run(profile, workspace, generated=generated).path == artifact.path
+
+    f_r = encoders.load_clip(clip_folder)
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tower = tuning.load_adapter(f_r, artifact.folder("adapter"))
+    plain = open_clip.create_model(f"local-dir:{artifact.folder('clip')}").eval()
+    with torch.no_grad():
+        aligned = plain.encode_image(pixels, normalize=True)
+        torch.testing.assert_close(tower(pixels), aligned, atol=1e-5, rtol=0)
+    assert (aligned - f_r.encode_images(pixels)).abs().max() > 1e-3
+    assert encoders.model_digest(artifact.folder("clip")) == artifact.summary["encoder"]
+
+    curve = artifact.read_jsonl("metrics.jsonl")
+    assert [row["step"] for row in curve] == [10, 20, 30]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    tensors = load_file(artifact.file("adapter/adapter_model.safetensors"))
+    moved = sum(tensor.numel() for name, tensor in tensors.items() if ".out_proj." not in name)
+    assert artifact.summary["trained_parameters"] == moved
+    report = artifact.read_json("validation.json")
+    assert report["held_out"] == {"generated": 8, "real": 4}
+    assert set(report["before"]) == set(report["after"])
+    assert report["verdict"].startswith("alignment ")
+    assert artifact.summary["verdict"] == report["verdict"]
+
+
+def test_cosine_closes_the_gap_on_images_it_never_saw(clip_folder: Path, workspace: Workspace, generated: Artifact):
+    artifact = align.run(_profile(clip_folder, objective="cosine", steps=60), workspace, generated=generated)
+    report = artifact.read_json("validation.json")
+    assert 1 - report["after"]["paired_cosine"] < 0.5 * (1 - report["before"]["paired_cosine"])
+    assert report["after"]["centroid_distance"] < 0.7 * report["before"]["centroid_distance"]
+
+
+_CHILD = """
+import json, sys
+from pathlib import Path
+from gmail_cli import profile as profiles
+from gmail_cli.artifacts import Artifact, Workspace
+from gmail_cli.stages import align
+root, generated, text = sys.argv[1:]
+profile = profiles.loads(Path(text).read_text())
+align.run(profile, Workspace(Path(root), "test"), generated=Artifact.load(Path(generated)))
+"""
+
+
+def test_kill_minus_nine_ends_in_the_same_bytes(
+    clip_folder: Path, workspace: Workspace, generated: Artifact, tmp_path: Path
+):
+    profile = _profile(clip_folder, steps=400)
+    text = tmp_path / "profile.toml"
+    text.write_text(profiles.dump(profile))
+    command = [sys.executable, "-c", _CHILD, str(tmp_path / "killed"), str(generated.path), str(text)]
+    key = align.plan_key(profile, generated=generated.digest)
+    checkpoint = tmp_path / "killed/test/align" / f"{key.digest[:12]}.partial/scratch/tower.safetensors"
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+        while not checkpoint.exists() and child.poll() is None:
+            time.sleep(0.01)
+        assert child.poll() is None, "the run ended before its first checkpoint"
+        child.send_signal(signal.SIGKILL)
+    steps: list[int] = []
+    killed = Workspace(tmp_path / "killed", "test")
+    resumed = align.run(profile, killed, generated=generated, progress=lambda done, _total: steps.append(done))
+    assert 0 < steps[0] < 400, "it started over"
+    uninterrupted = align.run(profile, Workspace(tmp_path / "whole", "test"), generated=generated)
+    assert resumed.content == uninterrupted.content
+
+
+def test_class_captions_pair_with_any_image_of_the_class(clip_folder: Path, workspace: Workspace, tmp_path: Path):
+    """Images made elsewhere: owners of their own, two captions in all, as in CIFAKE."""
+    rng = np.random.default_rng(0)
+    rows, images, real = [], [], tmp_path / "real"
+    real.mkdir()
+    lines = []
+    for number in range(48):
+        text = "a photo of a cat" if number % 2 else "a photo of a dog"
+        base = np.full((32, 32, 3), 60 + 120 * (number % 2)) + rng.normal(0, 15, (32, 32, 3))
+        Image.fromarray(base.clip(0, 255).astype(np.uint8)).save(real / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": text}))
+        rows.append({"caption_id": f"g{number}", "caption": text, "owner": f"g{number}"})
+        images.append(Image.fromarray((base * [0.7, 1, 1] + 30).clip(0, 255).astype(np.uint8)))
+    (real / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    made = _fake_generation(workspace, rows, images, "classes")
+    values = _profile(clip_folder, steps=10, objective="recommended", validation=0.25).model_dump()
+    values["data"] = {"train": str(real / "captions.jsonl")}
+    profile = profiles.build(values)
+    artifact = align.run(profile, workspace, generated=made)
+    assert artifact.summary["pairing"] == "random"
+    assert artifact.summary["transfer_task"] == "classes"
+    assert 0 <= artifact.summary["before"]["transfer"] <= 1
+    with pytest.raises(InputError, match="owner's image"):
+        align.run(
+            profiles.build({**values, "align": {**values["align"], "pairing": "caption"}}), workspace, generated=made
+        )
+
+
+CHANGES: dict[str, Any] = {
+    "objective": "cosine",
+    "temperature": 0.5,
+    "pairing": "nearest",
+    "false_negatives": "keep",
+    "method": "full",
+    "lora_rank": 1,
+    "lora_alpha": 1.0,
+    "lora_targets": ["attn"],
+    "steps": 3,
+    "batch_size": 5,
+    "lr": 1e-3,
+    "weight_decay": 0.5,
+    "schedule": "constant",
+    "cycles": 1,
+    "warmup": 2,
+    "clip_norm": 0.01,
+    "validation": 0.0,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_setting_changes_digest_and_result(
+    name: str, clip_folder: Path, workspace: Workspace, generated: Artifact
+):
+    base = align.run(_profile(clip_folder, steps=4), workspace, generated=generated)
+    other = align.run(_profile(clip_folder, **{"steps": 4, name: CHANGES[name]}), workspace, generated=generated)
+    assert other.digest != base.digest
+    if name == "pairing":  # every scene has captions of its own, so its nearest is its owner
+        assert other.summary["pairing"] == "nearest"
+    else:
+        assert other.files["clip/open_clip_model.safetensors"] != base.files["clip/open_clip_model.safetensors"]
+
+
+def test_settings_without_effect_do_not_change_the_digest(clip_folder: Path, generated: Artifact):
+    def digest(**changes: Any) -> str:
+        return align.plan_key(_profile(clip_folder, **changes), generated=generated.digest).digest
+
+    assert digest(objective="paper") == digest(objective="eq1")
+    assert digest(objective="cosine", temperature=0.07) == digest(objective="cosine", temperature=0.5)
+    assert digest(method="full", lora_rank=4) == digest(method="full", lora_rank=8)
+    assert digest(schedule="cosine", cycles=4) == digest(schedule="cosine", cycles=3)
+    assert digest(precision="bf16") != digest()
+
+
+def test_bf16_on_a_cpu_is_refused(clip_folder: Path, workspace: Workspace, generated: Artifact):
+    with pytest.raises(UsageError, match="bf16"):
+        align.run(_profile(clip_folder, precision="bf16"), workspace, generated=generated)
