@@ -229,7 +229,7 @@ def test_probes_know_classes_on_real_images(world: World) -> None:
     features = torch.from_numpy(embed_images(f_r, data.image_bytes, IMAGES))
     probe = load_probe(artifact.folder(rows[1]["folder"]))
     labels = torch.tensor([probe.class_names.index(image.label or "") for image in data.images])
-    assert (classify(probe, features).argmax(1) == labels).float().mean() > 0.6
+    assert (classify(probe, features).argmax(1) == labels).float().mean() > 0.4  # random features; chance is 0.17
     zero_shot = load_probe(artifact.folder(rows[0]["folder"]))
     known = {*labels.tolist()}
     assert len(known) < len(zero_shot.class_names)  # some class has no caption here, and is never the answer
