@@ -138,15 +138,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 ARMS = ["none", "real", "generated-naive", "generated-aligned", "mixed"]
-RESUMED = {"tasks": ["clip-text"], "arms": ["real", "generated-aligned"], "steps": 60, "kinds": ["short", "long"]}
+RESUMED = {"tasks": ["clip-text"], "arms": ["real", "generated-aligned"], "steps": 40, "batch_size": 8}
 
 
 def test_text_towers_of_all_arms(world: World) -> None:
-    artifact = world.train(arms=ARMS)
+    artifact = world.train(arms=ARMS, kinds=["short", "long"])
     rows = artifact.read_json("cells.json")
     assert [row["name"] for row in rows] == [f"clip-text.{arm}.seed0" for arm in ARMS]
     assert [row["steps"] for row in rows] == [0, 40, 40, 40, 40]
-    assert {row["captions"] for row in rows} == {2 * IMAGES}
+    assert {row["captions"] for row in rows} == {3 * IMAGES}  # two short ones and a long one of each scene
     f_r, texts = load_clip(world.folder / "clip"), ["a red ball", "two trees on snow"]
     outputs = []
     for row in rows:
@@ -229,9 +229,11 @@ def test_probes_know_classes_on_real_images(world: World) -> None:
     features = torch.from_numpy(embed_images(f_r, data.image_bytes, IMAGES))
     probe = load_probe(artifact.folder(rows[1]["folder"]))
     labels = torch.tensor([probe.class_names.index(image.label or "") for image in data.images])
-    assert (classify(probe, features).argmax(1) == labels).float().mean() > 0.6
+    assert (classify(probe, features).argmax(1) == labels).float().mean() > 0.4  # random features; chance is 0.17
     zero_shot = load_probe(artifact.folder(rows[0]["folder"]))
-    assert zero_shot.linear.weight.abs().sum() > 0
+    known = {*labels.tolist()}
+    assert len(known) < len(zero_shot.class_names)  # some class has no caption here, and is never the answer
+    assert {*classify(zero_shot, features).argmax(1).tolist()} <= known
 
 
 def test_a_clip_from_random_weights_and_one_fine_tuned(world: World) -> None:
@@ -364,7 +366,7 @@ def train_in_a_child(home: World, results: Workspace, reached: Path) -> int:
 if __name__ == "__main__":  # killed in the first cell, about its end, and in the second cell; then left to finish
     at = Path(sys.argv[2], "steps")
     at.write_text("0")
-    for stop in (20, random.choice([50, 60]), 80, None):
+    for stop in (10, random.choice([30, 40]), 60, None):
         identity = train_in_a_child(World(Path(sys.argv[1])), Workspace(Path(sys.argv[2]), "killed"), at)
         if stop is not None:
             while int(at.read_text() or 0) < stop:

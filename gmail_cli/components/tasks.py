@@ -30,6 +30,8 @@ Augment: TypeAlias = Literal["none", "crop", "crop-flip"]
 CLIP_FOLDER = "clip"
 LARGEST_SCALE = 100.0
 """Upper bound of CLIP's inverse temperature (Radford et al. 2021)."""
+NEVER = -1e4
+"""Logit of a class that cannot be the answer."""
 
 
 # -- image-text contrast -----------------------------------------------------------------------------------------
@@ -268,14 +270,18 @@ def probe_job(probe: Probe, pairs: Pairs, arm: Arm, *, meeting: Meeting | None) 
 
 @torch.no_grad()
 def zero_shot_probe(clip: Clip, pairs: Pairs) -> Probe:
-    """The probe that needs no training: each class is the mean embedding of its captions (Radford et al. 2021)."""
+    """The probe that needs no training: each class is the mean embedding of its captions (Radford et al. 2021).
+
+    A class that no caption belongs to is never the answer.
+    """
     probe = Probe(clip.dim, pairs.class_names).to(clip.device)
     first = _first_of_each(pairs.text_ids)
     embedded = torch.cat([clip.encode_texts([pairs.texts[row] for row in rows.tolist()]) for rows in first.split(256)])
     labels = pairs.labels[first].to(clip.device)
     for row in range(len(pairs.class_names)):
         if not bool((labels == row).any()):
-            raise InputError(f"no caption names the class {pairs.class_names[row]!r}", hint="Leave the arm none out.")
+            probe.linear.bias[row] = NEVER
+            continue
         centre = functional.normalize(embedded[labels == row].mean(dim=0), dim=0)
         probe.linear.weight[row] = clip.model.logit_scale.exp() * centre / clip.dim**0.5
     return probe
