@@ -506,7 +506,7 @@ def test_shared_captions_stop_or_are_counted(world: World, tmp_path: Path, share
     texts = list(dict.fromkeys(caption.text for caption in world.test.captions))[:shared]
     file.write_text("\n".join([*texts, "another text"]), encoding="utf-8")
     values = world.profile(shared_captions=rule, examples=0).model_dump()
-    values["data"]["train"] = str(file)
+    values["data"] |= {"train": str(file), "train_limit": 0}
     work = evaluate._Work(
         build(values),
         None,
