@@ -337,8 +337,8 @@ class Eval(Section):
     caption_tokens: Count = 48
     """Most tokens of a generated caption."""
     shared_captions: Literal["auto", "fail", "report"] = "auto"
-    """Captions that training and test set share: stop, or count them in the report. `auto` stops unless captions
-    repeat inside the test set itself, as those made of class names do. Shared images always stop."""
+    """Captions that training and test set share, word for word: stop, or count them in the report. `auto` stops when
+    more than a tenth of the test captions are shared, unless they name classes. Shared images always stop."""
     examples: Limit = 6
     """Rows of images, retrievals and captions that the report shows of each sort."""
     thumbnail: Annotated[int, Field(ge=16, le=512)] = 96

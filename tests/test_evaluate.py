@@ -17,7 +17,7 @@ from gmail_cli.components import captions, heads, measure, scores
 from gmail_cli.components.scores import Cell, Scores
 from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.components.tokenizer import train_tokenizer
-from gmail_cli.errors import InputError, RegressionError, UsageError
+from gmail_cli.errors import InputError, RegressionError, SetupError, UsageError
 from gmail_cli.profile import Profile, build
 from gmail_cli.stages import evaluate
 
@@ -67,7 +67,9 @@ class World:
 
     def profile(self, **chosen: object) -> Profile:
         data = {"train_limit": 8, "test_limit": COUNT, "protocol": "scenes-24/1"}
-        return build({"name": "small", "data": data, "eval": {"resamples": 200, "examples": 2, **chosen}})
+        return build(
+            {"name": "small", "data": data, "eval": {"resamples": 200, "examples": 2, "meteor": "off", **chosen}}
+        )
 
     def texts(self, name: str, noise: float, seed: int) -> Table:
         rows = [
@@ -415,7 +417,7 @@ def test_the_report_is_whole(made: Artifact) -> None:
         "Captions",
     ):
         assert title in page
-    assert "Real and generated images of one caption" in page
+    assert "Real images and what was generated for them" in page
     assert "Training" in page
     assert len(page) < 3_000_000
     assert made.summary["verdict"] in made.file("report.md").read_text(encoding="utf-8").replace("\\", "")
@@ -423,7 +425,7 @@ def test_the_report_is_whole(made: Artifact) -> None:
 
 def test_the_same_evaluation_is_reused_and_another_level_is_not(made: Artifact, world: World) -> None:
     assert world.evaluate().path == made.path
-    wide = world.evaluate(world.profile(confidence=0.6, recall_at=[1, 3], true_recall=True, examples=0, meteor="off"))
+    wide = world.evaluate(world.profile(confidence=0.6, recall_at=[1, 3], true_recall=True, examples=0))
     assert wide.path != made.path
     rows = {
         (row["task"], row["arm"], row["seed"], row["dual_projection"], row["metric"]): row
@@ -454,6 +456,39 @@ def test_embeddings_of_other_images_are_measured_without_pictures(world: World) 
     assert made.read_json("results.json")["protocol"] == "no-such-file.json/unversioned"
 
 
+def test_meteor_without_java_is_left_out_or_fails(
+    world: World, made: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    without = world.evaluate(world.profile(meteor="auto"))
+    assert "METEOR needs Java" in without.file("report.md").read_text(encoding="utf-8")
+    assert without.read_json("results.json")["metrics"] == made.read_json("results.json")["metrics"]
+    with pytest.raises(SetupError, match=r"eval\.meteor = 'on'"):
+        world.evaluate(world.profile(meteor="on"))
+
+
+def test_captions_that_name_classes_are_not_retrieved(world: World) -> None:
+    rows = [
+        {"id": str(row), "owner": image.id, "text": "a car", "kind": "short"}
+        for row, image in enumerate(world.test.images)
+    ]
+    texts = table("test-texts", world.images, rows, "text", "text")
+    assert measure.names_classes(texts)
+    assert not measure.names_classes(world.texts("test-texts", 1.0, 0))
+
+
+def test_the_gap_is_measured_on_pairs_held_out_of_alignment_where_they_are_enough() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((120, 8)).astype(np.float32)
+    far = np.concatenate([vectors[:60], -vectors[60:]])
+    for held, expected in ((60, 1.0), (20, 0.0)):
+        rows = [{"id": str(row), "held_out": row < held} for row in range(120)]
+        real, generated = (table(name, v, rows, "image", "real") for name, v in (("gap-real", vectors), ("gap", far)))
+        assert measure.modality_gap(real, generated=generated)["paired_cosine"].value == pytest.approx(
+            expected, abs=1e-5
+        )
+
+
 def test_generating_from_test_captions_is_a_leak(world: World) -> None:
     with pytest.raises(InputError, match="test captions were generated from, first 'test-"):
         world.evaluate(generated=world.generated(leak=True))
@@ -465,16 +500,24 @@ def test_training_on_test_images_is_a_leak(world: World) -> None:
         world.evaluate(profile)
 
 
-def test_shared_captions_stop_or_are_counted(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shared", "rule", "stops"), [(1, "auto", False), (1, "fail", True), (60, "auto", True)])
+def test_shared_captions_stop_or_are_counted(world: World, tmp_path: Path, shared: int, rule: str, stops: bool) -> None:
     file = tmp_path / "train.txt"
-    file.write_text(world.test.captions[3].text + "\nanother text\n", encoding="utf-8")
-    values = world.profile().model_dump()
-    values["data"]["train"] = str(file)
-    with pytest.raises(InputError, match="1 caption of the test set"):
-        world.evaluate(build(values))
-    values["eval"]["shared_captions"] = "report"
-    made = world.evaluate(build(values))
-    assert "1 of 144 test captions are also training captions" in made.file("report.md").read_text(encoding="utf-8")
+    texts = list(dict.fromkeys(caption.text for caption in world.test.captions))[:shared]
+    file.write_text("\n".join([*texts, "another text"]), encoding="utf-8")
+    values = world.profile(shared_captions=rule, examples=0).model_dump()
+    values["data"] |= {"train": str(file), "train_limit": 0}
+    work = evaluate._Work(
+        build(values),
+        None,
+        {"embeddings": world.embeddings(), "generated": world.generated()},  # type: ignore[arg-type]
+    )
+    if stops:
+        with pytest.raises(InputError, match=r"captions? of the test set"):
+            work.check_leaks()
+    else:
+        work.check_leaks()
+        assert work.seen.notes[0].startswith("1 of 144 test captions are also training captions")
 
 
 def test_a_baseline_passes_until_something_falls(made: Artifact, tmp_path: Path) -> None:

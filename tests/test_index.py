@@ -56,7 +56,7 @@ TEXTS = table("test-texts", count=120, modality="text", flow="text", seed=1)
 
 
 def test_every_image_table_gets_an_index_with_its_rows(workspace: Workspace) -> None:
-    embeddings = embed(workspace, IMAGES, TEXTS)
+    embeddings = embed(workspace, IMAGES, TEXTS, table("test-images@clip.real.seed0"))
     made = index.run(profile(), workspace, embeddings=embeddings)
     about = made.read_json("index.json")["tables"]
     assert list(about) == ["test-images"]

@@ -65,6 +65,9 @@ def plan_key(profile: Profile, *, embeddings: str) -> StageKey:
 def run(profile: Profile, workspace: Workspace, *, embeddings: Artifact, progress: Progress | None = None) -> Artifact:
     """Index every image table of an embed artifact (and the text tables, if asked).
 
+    Tables of trained cells (``<table>@<cell>``) belong to other towers than `gmail search` asks, and are left out; to
+    search with a trained model, embed with it as ``model.clip``.
+
     Args:
         profile: Sections used: ``index``; ``model`` and ``data`` are recorded for searching; ``seed``.
         workspace: Where the artifact goes.
@@ -82,7 +85,8 @@ def run(profile: Profile, workspace: Workspace, *, embeddings: Artifact, progres
         if slot.done:
             return slot.artifact
         tables = sources.load_tables(embeddings)
-        wanted = [table for table in tables if table.header.modality == "image" or profile.index.texts]
+        own = [table for table in tables if "@" not in table.header.name]
+        wanted = [table for table in own if table.header.modality == "image" or profile.index.texts]
         if not wanted:
             hint = "Embed images, or index the texts with --set index.texts=true."
             raise InputError(f"{embeddings.path} holds no image table to index", hint=hint)

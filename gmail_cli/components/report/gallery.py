@@ -90,24 +90,30 @@ def clouds(
 
 
 def pairs(generated: GeneratedSet, *, real: Dataset, count: int, side: int) -> tuple[PictureRow, ...]:
-    """For evenly chosen captions: the real image, where there is one, and the images generated from the caption."""
-    of_caption: dict[tuple[str, str], list[int]] = {}
-    for row, record in enumerate(generated.rows):
-        of_caption.setdefault((record.owner, record.caption_id), []).append(row)
-    captions = list(of_caption)
+    """Evenly chosen real images, each before images generated for it: of one caption, or one for each of its captions.
+
+    Generated images whose owner is not at hand (made elsewhere from captions alone) are shown by caption, before a
+    real image of an equal caption where there is one.
+    """
     places = {image.id: row for row, image in enumerate(real.images)} if real.has_images else {}
+    alike = {caption.text: places[caption.owner] for caption in reversed(real.captions) if places}
+    groups: dict[str, list[int]] = {}
+    for row, record in enumerate(generated.rows):
+        groups.setdefault(record.owner if record.owner in places else record.caption, []).append(row)
+    names = list(groups)
     shown = []
-    for chosen in _evenly(len(captions), count).tolist():
-        rows = of_caption[captions[chosen]][:SHOWN_HITS]
-        owner = generated.rows[rows[0]].owner
+    for chosen in _evenly(len(names), count).tolist():
+        rows = groups[names[chosen]]
+        caption = generated.rows[rows[0]].caption
+        same = [row for row in rows if generated.rows[row].caption == caption]
+        rows = (same if len(same) > 1 else rows)[:SHOWN_HITS]
+        place = places.get(names[chosen], alike.get(caption))
         pictures = []
-        if owner in places:
-            pictures.append(Picture(thumbnail(real.image_bytes(places[owner]), side=side), "real", marked=True))
-        pictures += [
-            Picture(thumbnail(generated.image_bytes(row), side=side), f"generated, k = {generated.rows[row].k}")
-            for row in rows
-        ]
-        shown.append(PictureRow(generated.rows[rows[0]].caption, tuple(pictures)))
+        if place is not None:
+            pictures.append(Picture(thumbnail(real.image_bytes(place), side=side), "real", marked=True))
+        pictures += [Picture(thumbnail(generated.image_bytes(row), side=side), "generated") for row in rows]
+        note = f"the images beside it are of {len(rows)} captions of this image" if len(same) < len(rows) else ""
+        shown.append(PictureRow(caption, tuple(pictures), note))
     return tuple(shown)
 
 

@@ -116,9 +116,9 @@ def arm_rank(arm: str) -> int:
     return ARMS.index(arm) if arm in ARMS else len(ARMS)
 
 
-def metric_rank(metric: str) -> tuple[int, str, int]:
-    """Where a metric stands: families in their order, text-to-image before image-to-text, k by size."""
+def metric_rank(metric: str) -> tuple[int, int, int, str]:
+    """Where a metric stands: families in their order, text-to-image before image-to-text, recalls by k, then others."""
     name, _, k = metric.rpartition("_")
-    number = int(k) if k.isdecimal() else 0
-    direction = "0" if "text_to_image" in name else "1" if "image_to_text" in name else "2"
-    return (FAMILIES.index(family(metric)), direction + (name if number else metric), number)
+    direction = next((n for n, part in enumerate(("text_to_image", "image_to_text")) if part in metric), 2)
+    place = int(k) + 1000 * ("true" in name) if "recall" in name else ("top_1" not in metric) * 10_000
+    return (FAMILIES.index(family(metric)), direction, place, metric)

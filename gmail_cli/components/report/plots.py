@@ -64,7 +64,7 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float]], *, label: st
         rows: (arm, value, low, high), values in the unit to show.
         label: What is shown, for screen readers.
     """
-    left, right, step = 118, 46, 24
+    left, right, step = 126, 46, 24
     height = len(rows) * step + 26
     ticks = _ticks(*_extent(value for row in rows for value in row[1:]), most=4)
     across = _Scale(ticks[0], ticks[-1], left, _WIDTH - right)

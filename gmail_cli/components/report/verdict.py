@@ -129,8 +129,8 @@ def _without_arms(results: Mapping[str, Any]) -> str:
     rows.sort(key=lambda row: HEADLINES.index(row["metric"]))
     row = rows[0]
     label = metric_label(row["metric"])
-    value = f"{100 * row['value']:.1f} % ({interval(row['metric'], row['low'], row['high'])})"
-    return f"{label[0].upper()}{label[1:]} is {value} over {row['n']:,} {'images' if row['n'] != 1 else 'image'}."
+    value = f"{show(row['metric'], row['value'])} % ({interval(row['metric'], row['low'], row['high'])})"
+    return f"{label[0].upper()}{label[1:]} is {value} over {row['n']:,} queries."
 
 
 def _join(parts: Sequence[str]) -> str:
