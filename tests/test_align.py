@@ -86,7 +86,7 @@ def _profile(clip_folder: Path, **changes: Any) -> Profile:
     values = {
         "data": {"train": "scenes:train", "train_limit": IMAGES, "scene_size": 32},
         "model": {"clip": str(clip_folder)},
-        "align": {"steps": 30, "batch_size": 16, "lr": 3e-3, "validation": 0.2, "cycles": 2, **changes},
+        "align": {"steps": 30, "batch_size": 16, "lr": 3e-3, "validation": 0.25, "cycles": 2, **changes},
         "runtime": {"device": "cpu", "threads": 1, "checkpoint_seconds": 0.0},
     }
     return profiles.build(values)

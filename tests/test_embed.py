@@ -250,7 +250,7 @@ def test_every_setting_changes_digest_and_result(
 
 
 def test_templates_must_name_the_class(clips: dict[str, Path]):
-    with pytest.raises(UsageError, match="must hold {} once"):
+    with pytest.raises(UsageError, match=r"must hold \{\} once"):
         _profile(clips, templates=["a photo"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Pixels:
         self._mean = np.array(preprocess.mean, dtype=np.float32)[:, None, None]
         self._std = np.array(preprocess.std, dtype=np.float32)[:, None, None]
         self._pool = ThreadPoolExecutor(max(1, workers))
+        self._ahead: tuple[Int[np.ndarray, " batch"], list[Future[UInt8[np.ndarray, "3 size size"]]]] | None = None
         self._held: UInt8[np.ndarray, "count 3 size size"] | None = None
         shape = (count, 3, preprocess.size, preprocess.size)
         if np.prod(shape) <= in_memory:
@@ -47,10 +48,18 @@ class Pixels:
         if self._held is not None:
             values = self._held[rows]
         else:
-            values = np.stack(list(self._pool.map(self._decode, rows.tolist())))
+            if self._ahead is None or not np.array_equal(self._ahead[0], rows):
+                self.prefetch(rows)
+            assert self._ahead is not None
+            values = np.stack([future.result() for future in self._ahead[1]])
         pixels = torch.from_numpy(values).to(self._device).float()
         mean, std = (torch.from_numpy(each).to(self._device) for each in (self._mean, self._std))
         return pixels.div_(255).sub_(mean).div_(std)
+
+    def prefetch(self, rows: Int[np.ndarray, " batch"]) -> None:
+        """Start decoding the rows that will be asked for next, where they are not held."""
+        if self._held is None:
+            self._ahead = rows, [self._pool.submit(self._decode, row) for row in rows.tolist()]
 
     def _decode(self, row: int) -> UInt8[np.ndarray, "3 size size"]:
         """The resized image before normalisation, which is undone exactly: it started from 8-bit values."""

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from gmail_cli.components.metrics import gap
-from gmail_cli.components.objectives import GeneratedFrom, Pairing, RealImage
+from gmail_cli.components.objectives import NAMED, GeneratedFrom, Pairing, RealImage
 
 RIDGE = 1e-2
 """Weight penalty, relative to the mean variance of a component."""
@@ -189,5 +189,6 @@ def _verdict(kind: str, report: Mapping[str, Any], *, gain: float, error: float,
     if gain > 2 * error:
         return f"alignment helps: transfer {change}"
     found = "alignment hurts" if gain < -2 * error else "alignment makes no measurable difference"
-    advice = "" if objective == "recommended" else "; try --set align.objective=recommended"
+    best = NAMED["recommended"]
+    advice = "" if NAMED.get(objective, objective) == best else "; try --set align.objective=recommended"
     return f"{found}: transfer {change}{advice}"

@@ -233,7 +233,7 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
     import torch
 
     from gmail_cli.components import objectives, tuning
-    from gmail_cli.components.loop import Recipe, fit, seed_from
+    from gmail_cli.components.loop import Recipe, batch_indices, fit, seed_from
 
     align = profile.align
     if align.method == "full":
@@ -251,8 +251,11 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
         rows = indices.numpy()
         partners = work.pairing.rows(rows, seed=seed_from("partner", profile.seed, step))
         mask = objectives.false_negatives(partners, captions=captions[rows], mode=align.false_negatives)
+        pixels = work.pixels[work.train[rows]]
+        upcoming = batch_indices(len(work.train), align.batch_size, seed=profile.seed, step=step + 1)
+        work.pixels.prefetch(work.train[upcoming])
         with work.clip.autocast():
-            embedded = tower(work.pixels[work.train[rows]])
+            embedded = tower(pixels)
         real = targets[torch.from_numpy(partners).to(targets.device)]
         return objective(embedded, real, false_negatives=None if mask is None else mask.to(real.device))
 
