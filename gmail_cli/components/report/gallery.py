@@ -112,7 +112,7 @@ def pairs(generated: GeneratedSet, *, real: Dataset, count: int, side: int) -> t
         if place is not None:
             pictures.append(Picture(thumbnail(real.image_bytes(place), side=side), "real", marked=True))
         pictures += [Picture(thumbnail(generated.image_bytes(row), side=side), "generated") for row in rows]
-        note = f"the images beside it are of {len(rows)} captions of this image" if len(same) < len(rows) else ""
+        note = f"generated from {len(rows)} captions of this image, this one first" if len(same) < len(rows) else ""
         shown.append(PictureRow(caption, tuple(pictures), note))
     return tuple(shown)
 
