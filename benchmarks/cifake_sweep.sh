@@ -18,7 +18,7 @@ for variant in "${variants[@]}"; do
   result=$(gmail eval "${common[@]}" --embeddings "$embedded" --json | python3 -c '
 import json, sys
 metrics = json.load(sys.stdin)["summary"]["metrics"]
-wanted = [k for k in metrics if "probe_accuracy" in k or "paired_cosine" in k or "linear_separability" in k]
+wanted = [k for k in metrics if "probe_top_1_accuracy" in k or "paired_cosine" in k or "linear_separability" in k]
 print(json.dumps({k: round(metrics[k], 4) for k in sorted(wanted)}))')
   printf '%s\t%s\t%s\t%s\t%s\n' "$objective" "$pairing" "$negatives" "$steps" "$result"
 done

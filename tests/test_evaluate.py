@@ -19,7 +19,7 @@ from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.components.tokenizer import train_tokenizer
 from gmail_cli.errors import InputError, RegressionError, SetupError, UsageError
 from gmail_cli.profile import Profile, build
-from gmail_cli.stages import evaluate
+from gmail_cli.stages import evaluate, sources
 
 SPACE = "5" * 64
 DIM = 16
@@ -87,7 +87,7 @@ class World:
         means = np.stack([self.images[labels == label].mean(axis=0) for label in names])
         return table(name, means, [{"id": label, "label": label} for label in names], "text", "text")
 
-    def embeddings(self, *, plain: bool = False) -> Artifact:
+    def embeddings(self, *, plain: bool = False, profile: Profile | None = None) -> Artifact:
         rows = [{"id": image.id, "label": image.label} for image in self.test.images]
         tables = [table("test-images", self.images, rows, "image", "real"), self.texts("test-texts", ARMS["none"], 9)]
         if not plain:
@@ -101,10 +101,12 @@ class World:
             tables.append(table("gap-real", self.images, pairs, "image", "real"))
             tables.append(table("gap-generated-naive", self.images + shift, pairs, "image", "real"))
             tables.append(table("gap-generated-aligned", self.images + 0.1 * shift, pairs, "image", "generated"))
-        with self.workspace.open(StageKey(stage="embed", version=1, settings={"plain": plain})) as slot:
+        origins = sources.origins(profile or self.profile())
+        key = StageKey(stage="embed", version=1, settings={"plain": plain, "origins": origins})
+        with self.workspace.open(key) as slot:
             for each in tables if not slot.done else ():
                 write(slot, each)
-            return slot.artifact if slot.done else slot.commit(summary={})
+            return slot.artifact if slot.done else slot.commit(summary={"origins": origins})
 
     def generated(self, *, leak: bool = False) -> Artifact:
         source = self.test if leak else self.train
@@ -451,7 +453,7 @@ def test_embeddings_alone_give_retrieval(world: World) -> None:
 
 def test_embeddings_of_other_images_are_measured_without_pictures(world: World) -> None:
     profile = build({"data": {"test": "no-such-file.json"}, "eval": {"resamples": 100}})
-    made = evaluate.run(profile, world.workspace, embeddings=world.embeddings(plain=True))
+    made = evaluate.run(profile, world.workspace, embeddings=world.embeddings(plain=True, profile=profile))
     assert "No pictures" in made.file("report.html").read_text(encoding="utf-8")
     assert made.read_json("results.json")["protocol"] == "no-such-file.json/unversioned"
 
@@ -497,7 +499,7 @@ def test_generating_from_test_captions_is_a_leak(world: World) -> None:
 def test_training_on_test_images_is_a_leak(world: World) -> None:
     profile = build({"data": {"train": "scenes:test", "train_limit": 4, "test_limit": COUNT}})
     with pytest.raises(InputError, match="4 images of the test set"):
-        world.evaluate(profile)
+        world.evaluate(profile, embeddings=world.embeddings(profile=profile))
 
 
 @pytest.mark.parametrize(("shared", "rule", "stops"), [(1, "auto", False), (1, "fail", True), (60, "auto", True)])
@@ -507,11 +509,9 @@ def test_shared_captions_stop_or_are_counted(world: World, tmp_path: Path, share
     file.write_text("\n".join([*texts, "another text"]), encoding="utf-8")
     values = world.profile(shared_captions=rule, examples=0).model_dump()
     values["data"] |= {"train": str(file), "train_limit": 0}
-    work = evaluate._Work(
-        build(values),
-        None,
-        {"embeddings": world.embeddings(), "generated": world.generated()},  # type: ignore[arg-type]
-    )
+    changed = build(values)
+    inputs = {"embeddings": world.embeddings(profile=changed), "generated": world.generated()}
+    work = evaluate._Work(changed, None, inputs)  # type: ignore[arg-type]
     if stops:
         with pytest.raises(InputError, match=r"captions? of the test set"):
             work.check_leaks()

@@ -12,7 +12,7 @@ from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, build
-from gmail_cli.stages import index
+from gmail_cli.stages import index, sources
 
 SPACE = "5" * 64
 
@@ -39,7 +39,7 @@ def embed(workspace: Workspace, *tables: Table) -> Artifact:
             slot.write_npy(f"{each.header.name}/vectors.npy", files["vectors.npy"])
             slot.write_jsonl(f"{each.header.name}/rows.jsonl", files["rows.jsonl"])
             slot.write_json(f"{each.header.name}/table.json", files["table.json"])
-        return slot.commit(summary={})
+        return slot.commit(summary={"origins": sources.origins(profile())})
 
 
 def profile(**values: object) -> Profile:

@@ -95,7 +95,8 @@ def _key(profile: Profile, test: Dataset, given: Mapping[str, str]) -> StageKey:
     if embed.real_encoder == "tuned" and "aligned" not in given:
         hint = "Run gmail align first, or use --set embed.real_encoder=original."
         raise UsageError("embed.real_encoder = 'tuned' needs an align artifact and there is none", hint=hint)
-    chosen, inputs = settings(embed), {**given, "data": test.fingerprint}
+    chosen = {**settings(embed), "protocol": sources.origins(profile)["protocol"]}
+    inputs = {**given, "data": test.fingerprint}
     if not test.class_names:
         del chosen["templates"]
     if "generated" in given and embed.gap_count:
@@ -154,6 +155,7 @@ def _make(
     texts = {each.name: slot.read_jsonl(f"{each.name}/rows.jsonl") for each in sets if each.image_bytes is None}
     return slot.commit(
         summary={
+            "origins": sources.origins(profile),
             "tables": {each.name: len(each.rows) for each in sets},
             "truncated_share": {
                 name: sum(row["truncated"] for row in rows) / len(rows) for name, rows in texts.items()

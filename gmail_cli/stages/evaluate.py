@@ -57,7 +57,7 @@ def plan_key(
     return StageKey(
         stage="eval",
         version=VERSION,
-        settings={**settings(profile.eval), "protocol": _protocol(profile)},
+        settings=settings(profile.eval),
         inputs={name: digest for name, digest in inputs.items() if digest is not None},
         seed=profile.seed,
     )
@@ -109,7 +109,7 @@ def run(
             cells.append(work.measure(model))
         cells += work.gap()
         results = scoring.results(
-            cells, protocol=_protocol(profile), draws=profile.eval.resamples, level=profile.eval.confidence
+            cells, protocol=work.origins["protocol"], draws=profile.eval.resamples, level=profile.eval.confidence
         )
         slot.write_json(RESULTS, results)
         shown = work.shown(results)
@@ -160,10 +160,6 @@ def check_baseline(artifact: Artifact, baseline: Path, *, tolerance: Mapping[str
         )
 
 
-def _protocol(profile: Profile) -> str:
-    return profile.data.protocol or f"{Path(profile.data.test).name}/unversioned"
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Model:
     """One model to measure: a row of the train artifact's ``cells.json``, or CLIP as it came (no ``folder``)."""
@@ -196,6 +192,7 @@ class _Work:
 
     def __init__(self, profile: Profile, slot: Slot, inputs: Mapping[str, Artifact]) -> None:
         self.profile, self.slot, self.inputs = profile, slot, inputs
+        self.origins = inputs["embeddings"].summary["origins"]
         self.tables = {table.header.name: table for table in sources.load_tables(inputs["embeddings"])}
         if IMAGES not in self.tables:
             hint = "Run gmail embed with a test set that has images."
@@ -208,20 +205,19 @@ class _Work:
 
     def _test_set(self) -> Dataset | None:
         """The test set, if what the profile names is what was embedded; the report shows its images."""
-        named = self.profile.data.test
+        named = self.origins["test"]["source"]
         try:
-            dataset = sources.read(sources.source(self.profile, part="test"))
+            dataset = sources.read(self.origins["test"])
         except GmailError as error:
             if len(self.inputs) > 1:
                 raise
-            self.seen.notes.append(f"No pictures: data.test = {named!r} cannot be read ({error.message}).")
+            self.seen.notes.append(f"No pictures: {named} cannot be read ({error.message}).")
             return None
         if {image.id for image in dataset.images} >= set(self.tables[IMAGES].ids):
             return dataset
         if len(self.inputs) > 1:
-            hint = "Set data.test (and its limit) to what gmail embed was given."
-            raise InputError(f"data.test = {named!r} is not the set whose images were embedded", hint=hint)
-        self.seen.notes.append(f"No pictures: data.test = {named!r} is not the set that was embedded.")
+            raise InputError(f"{named} is no longer the set whose images were embedded", hint="Embed it again.")
+        self.seen.notes.append(f"No pictures: {named} is no longer the set that was embedded.")
         return None
 
     def check_leaks(self) -> None:
@@ -237,7 +233,7 @@ class _Work:
                 f"{len(leaked)} test captions were generated from, first {leaked[0]!r}",
                 hint="Generate from the training captions only (data.train).",
             )
-        training = sources.read(sources.source(self.profile, part="train"))
+        training = sources.read(self.origins["train"])
         texts = [caption.text for caption in self.test.captions]
         seen = {caption.text.casefold() for caption in training.captions}
         shared = sum(text.casefold() in seen for text in texts)
@@ -465,7 +461,7 @@ class _Work:
     def _pairs(self) -> tuple[report.PictureRow, ...]:
         if self.generated is None or not self.profile.eval.examples:
             return ()
-        training = sources.read(sources.source(self.profile, part="train"))
+        training = sources.read(self.origins["train"])
         chosen = self.profile.eval
         return gallery.pairs(self.generated, real=training, count=chosen.examples, side=chosen.thumbnail)
 
@@ -486,7 +482,7 @@ class _Work:
 
     def _provenance(self) -> Iterator[tuple[str, str]]:
         yield "profile", self.profile.name
-        yield "protocol", _protocol(self.profile)
+        yield "protocol", self.origins["protocol"]
         yield "evaluation", self.slot.key.digest
         for name, artifact in self.inputs.items():
             manifest = artifact.manifest

@@ -52,11 +52,7 @@ def plan_key(profile: Profile, *, embeddings: str) -> StageKey:
     return StageKey(
         stage="index",
         version=VERSION,
-        settings={
-            **settings(profile.index),
-            "model": settings(profile.model),
-            "source": sources.source(profile, part="test"),
-        },
+        settings=settings(profile.index),
         inputs={"embeddings": embeddings},
         seed=profile.seed,
     )
@@ -69,7 +65,7 @@ def run(profile: Profile, workspace: Workspace, *, embeddings: Artifact, progres
     search with a trained model, embed with it as ``model.clip``.
 
     Args:
-        profile: Sections used: ``index``; ``model`` and ``data`` are recorded for searching; ``seed``.
+        profile: Sections used: ``index``; and ``seed``.
         workspace: Where the artifact goes.
         embeddings: What ``gmail embed`` made.
         progress: Called with (tables done, tables in all).
@@ -117,9 +113,8 @@ def run(profile: Profile, workspace: Workspace, *, embeddings: Artifact, progres
             }
         if progress:
             progress(len(wanted), len(wanted))
-        slot.write_json(
-            INDEX, {"tables": entries, "model": settings(profile.model), "source": sources.source(profile, part="test")}
-        )
+        origins = embeddings.summary["origins"]
+        slot.write_json(INDEX, {"tables": entries, "model": origins["model"], "source": origins["test"]})
         kinds = {name: f"{entry['kind']}, {entry['count']} vectors" for name, entry in entries.items()}
         return slot.commit(summary={"tables": kinds})
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact
 from gmail_cli.components import captions
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.tables import Table
-from gmail_cli.profile import Profile
+from gmail_cli.profile import Profile, settings
 
 
 def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any]:
@@ -31,6 +32,18 @@ def read(source: dict[str, Any]) -> Dataset:
     """Read the set that :func:`source` described."""
     holdout = tuple(source["holdout"]) if source["holdout"] else None
     return captions.read(**{**source, "holdout": holdout})
+
+
+def origins(profile: Profile) -> dict[str, Any]:
+    """What an embed artifact says of itself: where its sets lie, the model, the protocol. Index and eval read it, so
+    that they describe what was embedded whatever profile they are called with."""
+    data = profile.data
+    return {
+        "train": source(profile, part="train"),
+        "test": source(profile, part="test"),
+        "model": settings(profile.model),
+        "protocol": data.protocol or f"{Path(data.test).name}/unversioned",
+    }
 
 
 def load_tables(embeddings: Artifact) -> list[Table]:
