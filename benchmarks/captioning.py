@@ -2,8 +2,8 @@
 
     python benchmarks/captioning.py CAPTIONS.json [--images 5000] [--meteor]
 
-CAPTIONS.json is in COCO's captions format. Two sets of captions are scored against all references of each image:
-the first reference of the same image with words left out, and another image's first reference. Needs
+CAPTIONS.json is in COCO's captions format. Two sets of captions are scored against all references: the
+first reference of the same image with words left out, and another image's first reference. Needs
 ``pycocoevalcap``; tokens are compared too when Java is installed.
 """
 

@@ -437,9 +437,15 @@ class _Context:
         flags: Mapping[str, Any],
     ) -> None:
         self.ref = profile
-        self.overrides = [f"{key}={_toml_text(value)}" for key, value in flags.items() if value is not None]
+        whole = {}
+        for part in ("train", "test"):
+            if flags.get(f"data.{part}") is not None:  # another set: the profile's limits were not meant for it
+                whole |= {f"data.{part}_split": "", "data.holdout": 0.0}
+                whole |= {} if flags[f"data.{part}"].startswith("scenes:") else {f"data.{part}_limit": 0}
+        flags = {**whole, **{key: value for key, value in flags.items() if value is not None}}
+        self.overrides = [f"{key}={_toml_text(value)}" for key, value in flags.items()]
         self.overrides += overrides or []
-        self.flags = flags
+        self.flags = dict(flags)
         self.run = run
         self.root = workspace
         self.as_json = as_json

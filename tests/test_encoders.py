@@ -123,9 +123,9 @@ def test_trimmed_texts_equal_padded_ones(custom: bool):
         padded = clip.model.encode_text(tokens.ids, normalize=True)
     for row, text in enumerate(TEXTS):
         torch.testing.assert_close(clip.encode_texts([text])[0], padded[row], atol=1e-6, rtol=0)
-    vectors, share = encoders.embed_texts(clip, TEXTS, batch_size=2)
+    vectors, truncated = encoders.embed_texts(clip, TEXTS, batch_size=2)
     np.testing.assert_allclose(vectors, padded.numpy(), atol=1e-6)
-    assert share == 1 / 5
+    assert truncated.tolist() == tokens.truncated.tolist()
     assert tokens.truncated.tolist() == [False, False, False, True, False]  # row 2 fills all 32 positions exactly
     assert int(tokens.ids[2].argmax()) == clip.context_length - 1
 

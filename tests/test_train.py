@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 import pytest
@@ -27,7 +27,7 @@ from gmail_cli.components.images import GeneratedImage
 from gmail_cli.components.pairs import pair
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import ArmName, Profile, TaskName, build
 from gmail_cli.stages import train
 
 SELF = Path(__file__)
@@ -286,6 +286,11 @@ def test_arms_need_their_artifacts(world: World) -> None:
     assert set(key.inputs) == {"data"}
 
 
+def test_every_task_and_arm_of_the_profile_exists() -> None:
+    assert set(get_args(TaskName)) == set(train.TASKS)
+    assert set(get_args(ArmName)) == {arm for task in train.TASKS.values() for arm in task.arms}
+
+
 @given(arms=st.sets(st.sampled_from(ARMS), min_size=1), seeds=st.sets(st.integers(0, 4), min_size=1))
 def test_cell_names_are_unique_and_none_has_one_seed(arms: set[str], seeds: set[int]) -> None:
     settings = {"tasks": ["clip-text"], "arms": sorted(arms), "seeds": sorted(seeds)}
@@ -346,16 +351,24 @@ def test_class_captions_meet_any_real_image_of_the_class(tmp_path: Path) -> None
     assert pair(data, generated=stranger).real is None
 
 
-if __name__ == "__main__":  # started three times and killed at random, then left to finish
-    home, results = World(Path(sys.argv[1])), Workspace(Path(sys.argv[2]), "killed")
-    chance = random.Random()
-    for attempt in range(4):
-        child = os.fork()
-        if child == 0:
-            home.train(results, **RESUMED)
-            os._exit(0)
-        if attempt < 3:
-            time.sleep(chance.uniform(0.05, 0.6) + 0.3 * attempt)
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+def train_in_a_child(home: World, results: Workspace, reached: Path) -> int:
+    """Train in a forked process that notes the steps it has done, and return its id."""
+    child = os.fork()
+    if child == 0:
+        profile = home.profile(**RESUMED)
+        train.run(profile, results, **home.inputs(), progress=lambda done, _: reached.write_text(str(done)) and None)
+        os._exit(0)
+    return child
+
+
+if __name__ == "__main__":  # killed in the first cell, about its end, and in the second cell; then left to finish
+    at = Path(sys.argv[2], "steps")
+    at.write_text("0")
+    for stop in (20, random.choice([50, 60]), 80, None):
+        identity = train_in_a_child(World(Path(sys.argv[1])), Workspace(Path(sys.argv[2]), "killed"), at)
+        if stop is not None:
+            while int(at.read_text() or 0) < stop:
+                time.sleep(0.002)
+            os.kill(identity, signal.SIGKILL)
+        _, status = os.waitpid(identity, 0)
         print("killed" if os.WIFSIGNALED(status) else "finished", flush=True)

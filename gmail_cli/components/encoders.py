@@ -37,6 +37,7 @@ _OTHER_WEIGHTS = (
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
     *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
 )
+_PROBE = "".join(map(chr, range(32, 127))) + " A photo of two tabby cats, and one dog."
 _POOLS_AT_END = frozenset({"argmax", "eos"})
 
 
@@ -86,6 +87,11 @@ class Clip:
     def context_length(self) -> int:
         """Most tokens the text tower reads, start and end included."""
         return int(self.model.context_length)
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 over what the tokenizer makes of a probe text: equal for tokenizers that read alike."""
+        return _sha256([self.tokenizer([_PROBE]).numpy().tobytes()])
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of ``texts``; what does not fit is cut, keeping the end-of-text token last."""
@@ -523,14 +529,14 @@ def embed_images(
 
 def embed_texts(
     clip: Clip, texts: Sequence[str], *, batch_size: int = 256, progress: Progress | None = None
-) -> tuple[Float[np.ndarray, "count dim"], float]:
-    """Unit fp32 embeddings of texts, in order, and the share of them that was truncated.
+) -> tuple[Float[np.ndarray, "count dim"], Bool[np.ndarray, " count"]]:
+    """Unit fp32 embeddings of texts, in order, and which of them were truncated.
 
     Texts of like length share a batch, so short captions do not pay for the padding of long ones.
     """
     vectors = np.empty((len(texts), clip.dim), dtype=np.float32)
     if not texts:
-        return vectors, 0.0
+        return vectors, np.zeros(0, dtype=bool)
     tokens = clip.tokenize(texts)
     order = torch.argsort(clip.lengths(tokens.ids), stable=True)
     for start in range(0, len(texts), batch_size):
@@ -538,4 +544,4 @@ def embed_texts(
         vectors[rows.numpy()] = clip.encode_tokens(tokens.ids[rows]).cpu().numpy()
         if progress:
             progress(start + len(rows), len(texts))
-    return vectors, int(tokens.truncated.sum()) / len(texts)
+    return vectors, tokens.truncated.numpy()

@@ -9,11 +9,12 @@ curve, bit for bit on a CPU. When checkpoints are taken does not change the resu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -239,8 +240,8 @@ def fit(
             caller sets train or eval modes; frozen parameters are the caller's to restore. With
             ``recipe.ema`` it holds the averaged parameters in the end.
         loss: ``loss(indices, step)`` with int64 ``indices`` (a CPU tensor) gives a scalar, or a scalar and a
-            mapping of further scalars to log. It may draw from the global generators: they are seeded from
-            (seed, step).
+            mapping of further scalars to log (the same ones every step). It may draw from the global
+            generators: they are seeded from (seed, step).
         rows: Number of training rows, drawn by `batch_indices`; or a function from step to the row indices.
         recipe: How to train.
         checkpoints: Where to resume from and save to.
@@ -267,7 +268,7 @@ def fit(
         progress(state.step, recipe.steps)
     window: list[dict[str, Tensor]] = []
     saved_at, save_cost = time.monotonic(), 0.0
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _deterministic(on=not devices):
         while state.step < recipe.steps:
             step = state.step
             if callable(rows):
@@ -311,6 +312,19 @@ def fit(
     if log:
         log(state.curve)
     return state.curve
+
+
+@contextlib.contextmanager
+def _deterministic(*, on: bool) -> Iterator[None]:
+    """On a CPU, torch adds gradients of repeated indices in parallel unless it is told to keep an order."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(on or before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill and before
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _close(window: list[dict[str, Tensor]], *, step: int, lr: float) -> Row:

@@ -22,6 +22,7 @@ from gmail_cli.components.scores import Scores, Statistic
 from gmail_cli.components.tables import Table, require_same_space
 from gmail_cli.errors import InputError, SetupError
 
+ENOUGH_HELD_OUT = 50
 DIRECTIONS = ("text_to_image", "image_to_text")
 
 
@@ -76,6 +77,15 @@ def retrieval(images: Table, *, texts: Table, ks: Sequence[int], true_recall: bo
                     found.scores[f"{prefix}{direction}_true_recall_at_{k}"] = mean(one.true_recall(k))
             found.scores[f"{prefix}{direction}_mean_reciprocal_rank"] = mean(one.reciprocal_rank())
     return found
+
+
+def names_classes(texts: Table) -> bool:
+    """Whether captions name classes rather than images: fewer different short ones than half the images they own.
+
+    No caption can then find *its* image, and retrieval says nothing.
+    """
+    short = [row for row in texts.rows if (row.get("kind") or "short") == "short"]
+    return 2 * len({row["text"] for row in short}) < len({row["owner"] for row in short})
 
 
 def zero_shot(images: Table, *, prompts: Table) -> tuple[dict[str, Scores], Classification]:
@@ -159,7 +169,8 @@ def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
 
     Args:
         real: Real images through f_r.
-        generated: Generated images, row by row the partners of ``real``.
+        generated: Generated images, row by row the partners of ``real``. Where at least ``ENOUGH_HELD_OUT`` rows are
+            ``held_out`` of alignment, only those count: f_g has been trained on the others.
 
     Raises:
         InputError: The tables are not partners, or do not live in one space.
@@ -171,10 +182,11 @@ def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
             f"{len(generated.vectors)} rows; they must be partners row by row",
             hint="Run gmail embed again.",
         )
-    a = np.asarray(real.vectors, dtype=np.float32)
-    b = np.asarray(generated.vectors, dtype=np.float32)
+    rows = gap_rows(generated)
+    a = np.asarray(real.vectors[rows], dtype=np.float32)
+    b = np.asarray(generated.vectors[rows], dtype=np.float32)
     count = len(a)
-    owners = np.unique([str(row.get("owner") or row["id"]) for row in real.rows], return_inverse=True)[1]
+    owners = np.unique([str(real.rows[row]["id"]) for row in rows], return_inverse=True)[1]
     whole = partial(Scores.whole, queries=count)
     scores = {"paired_cosine": Scores.mean(gap.paired_cosine(a, generated=b), groups=owners)}
     if count > 1:
@@ -188,6 +200,12 @@ def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
         near = gap.neighbour_separability(a, generated=b, real_groups=owners, generated_groups=owners)
         scores |= {"linear_separability": whole(linear), "neighbour_separability": whole(near)}
     return scores
+
+
+def gap_rows(generated: Table) -> Int[np.ndarray, " rows"]:
+    """The rows a gap is measured on: those held out of alignment if they are enough, else all."""
+    held = np.flatnonzero([bool(row.get("held_out")) for row in generated.rows])
+    return held if len(held) >= ENOUGH_HELD_OUT else np.arange(len(generated.rows))
 
 
 def _mean_per_class(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:

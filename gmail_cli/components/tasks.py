@@ -77,7 +77,7 @@ class _Texts:
         """Unit embeddings, differentiable; equal texts of a batch are encoded once."""
         different, where = torch.unique(self.of_caption[rows], return_inverse=True)
         features = text_features(model, self.ids[different].long().to(device))
-        return functional.normalize(features.float(), dim=-1)[where.to(device)]
+        return functional.embedding(where.to(device), functional.normalize(features.float(), dim=-1))
 
 
 def _first_of_each(ids: Int[Tensor, " captions"]) -> Int[Tensor, " different"]:

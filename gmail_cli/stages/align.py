@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
-from gmail_cli.components import captions as reader
 from gmail_cli.components.captions import Dataset
 from gmail_cli.profile import Profile, settings
+from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,19 +73,7 @@ def run(profile: Profile, workspace: Workspace, *, generated: Artifact, progress
 
 
 def _read(profile: Profile) -> Dataset:
-    data = profile.data
-    return reader.read(
-        data.train,
-        images=data.train_images or None,
-        format=data.format,
-        split=data.train_split or None,
-        limit=data.train_limit or None,
-        holdout=("train", data.holdout, profile.seed) if data.holdout else None,
-        on_bad=data.on_bad,
-        need_images=True,
-        scene_seed=data.scene_seed,
-        scene_size=data.scene_size,
-    )
+    return sources.read({**sources.source(profile, part="train"), "need_images": True})
 
 
 def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
@@ -178,12 +166,12 @@ def _prepare(profile: Profile, slot: Slot, dataset: Dataset, artifact: Artifact)
     targets = _cached(slot, "targets.npy", embed_real)
     before = _cached(slot, "before.npy", lambda: _embed(clip, pixels, np.arange(len(images))))
 
-    ids = {image.id for image in real}
-    kept = objectives.held_out([image.id for image in real], share=align.validation, seed=profile.seed)
-    strangers = [image.owner for image in generated if image.owner not in ids]
-    kept |= objectives.held_out(strangers, share=align.validation, seed=profile.seed)
-    is_held = np.array([image.owner in kept for image in generated])
-    real_held = np.array([image.id in kept for image in real])
+    def held(ids: list[str]) -> np.ndarray:
+        return np.array(
+            [objectives.held_out(each, share=align.validation, seed=profile.seed) for each in ids], dtype=bool
+        )
+
+    is_held, real_held = held([image.owner for image in generated]), held([image.id for image in real])
     train, learn = np.flatnonzero(~is_held), np.flatnonzero(~real_held)
     pairing = objectives.pair(
         [generated[row] for row in train],

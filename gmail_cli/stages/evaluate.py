@@ -227,6 +227,8 @@ class _Work:
         if self.test is None or not {"train", "generated"} & set(self.inputs):
             return
         known = {(row.owner, row.caption) for row in self.generated.rows} if self.generated else set()
+        if self._ids_are_foreign():
+            known = set()
         leaked = [caption.id for caption in self.test.captions if (caption.owner, caption.text) in known]
         if leaked:
             raise InputError(
@@ -244,6 +246,13 @@ class _Work:
             f"{shared:,} of {len(texts):,} test captions are also training captions, word for word; no test image is a "
             "training image."
         )
+
+    def _ids_are_foreign(self) -> bool:
+        """Whether imported images may carry a test image's id by accident: captions that only name a class."""
+        source = self.inputs["generated"].manifest["key"]["settings"].get("source") if self.generated else None
+        assert self.test is not None
+        texts = [caption.text for caption in self.test.captions]
+        return source == "import" and 2 * len(set(texts)) < len(texts)
 
     def thumbnail(self, image: str) -> bytes | None:
         """A test image at the size of the report, if the images are at hand."""
@@ -305,7 +314,11 @@ class _Work:
         if texts is None:
             hint = "Run gmail embed with this train artifact."
             raise InputError(f"the embeddings lack table '{TEXTS}@{model.name}'", hint=hint)
-        found = measure.retrieval(images, texts=texts, ks=chosen.recall_at, true_recall=chosen.true_recall)
+        if measure.names_classes(texts):
+            self._note("Retrieval left out: the captions name classes, so none of them belongs to one image alone.")
+            found = measure.Retrieval({})
+        else:
+            found = measure.retrieval(images, texts=texts, ks=chosen.recall_at, true_recall=chosen.true_recall)
         for kind, ranks in found.ranks.items():
             for direction in measure.DIRECTIONS:
                 name = f"ranks/{model.name}.{kind}.{direction}.npy"
@@ -347,7 +360,8 @@ class _Work:
         scores, found = measure.captions(
             {name: references[name] for name in predictions}, predictions=predictions, meteor=chosen.meteor
         )
-        self.seen.notes += [note for note in found.absent.values() if note not in self.seen.notes]
+        for reason in found.absent.values():
+            self._note(reason.splitlines()[0])
         if not model.dual_projection:
             self.seen.predictions.setdefault(model.arm, predictions)
         return scores
@@ -366,12 +380,20 @@ class _Work:
         if not model.dual_projection:
             self.seen.classified.setdefault(title, {}).setdefault(model.arm, []).append(found)
 
+    def _note(self, text: str) -> None:
+        if text not in self.seen.notes:
+            self.seen.notes.append(text)
+
     def gap(self) -> list[Cell]:
         """The modality gap before alignment (generated images through f_r) and after (through f_g)."""
         real = self.tables.get(GAP_REAL)
         there = [(arm, self.tables[f"gap-{arm}"]) for arm in GAP_ARMS if f"gap-{arm}" in self.tables]
-        if real is None:
+        if real is None or not there:
             return []
+        rows = there[0][1].rows
+        used = measure.gap_rows(there[0][1])
+        kept = "held out of alignment" if rows[used[0]].get("held_out") else "of the training set"
+        self._note(f"The modality gap is measured on {len(used):,} pairs {kept}.")
         return [Cell(task="gap", arm=arm, scores=measure.modality_gap(real, generated=table)) for arm, table in there]
 
     # -- report ----------------------------------------------------------------------------------------------------
@@ -380,7 +402,9 @@ class _Work:
         """Everything the report shows."""
         chosen, seen = self.profile.eval, self.seen
         gap = [self.tables.get(name) for name in (GAP_REAL, *(f"gap-{arm}" for arm in GAP_ARMS))]
-        vectors = [np.asarray(table.vectors, dtype=np.float32) for table in gap if table is not None]
+        vectors = [
+            np.asarray(table.vectors[measure.gap_rows(table)], dtype=np.float32) for table in gap if table is not None
+        ]
         best, worst = self._retrievals()
         references = self._references()
         return report.Report(

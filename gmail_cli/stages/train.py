@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, folder_digest
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import ArmName, Data, Profile, TaskName, settings, shipped_folder
+from gmail_cli.profile import ArmName, Profile, TaskName, settings, shipped_folder
+from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,13 +129,11 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
     ):
         if users and given is None:
             raise InputError(
-                f"train.arms: {sorted(users)[0]} needs {needed} artifact and there is none".replace(
-                    "needs ", "needs the "
-                ),
+                f"train.arms: {sorted(users)[0]} needs the {needed} artifact and there is none",
                 hint=f"Run `gmail {needed}` first, or leave the arm out with --set train.arms=...",
             )
     chosen = settings(train)
-    inputs = {"data": _read(profile.data, profile.seed).fingerprint}
+    inputs = {"data": _read(profile).fingerprint}
     if generated:
         inputs["generated"] = generated
     if aligned and any(map(_reads_aligned, wanted)):
@@ -314,7 +313,7 @@ def _material(
         return load_clip(aligned.folder("clip"), device=device)
 
     return Material(
-        _read(profile.data, profile.seed),
+        _read(profile),
         generated=GeneratedSet.load(generated.path) if generated else None,
         kinds=profile.train.kinds,
         f_r=lambda: load_clip(profile.model.clip, revision=profile.model.revision, device=device),
@@ -345,21 +344,10 @@ def _cached(
     return np.load(path, mmap_mode="c", allow_pickle=False)
 
 
-@functools.lru_cache(maxsize=2)
-def _read(data: Data, seed: int) -> Dataset:
-    from gmail_cli.components.captions import read
-
-    return read(
-        data.train,
-        images=data.train_images or None,
-        format=data.format,
-        split=data.train_split or None,
-        limit=data.train_limit or None,
-        holdout=("train", data.holdout, seed) if data.holdout else None,
-        on_bad=data.on_bad,
-        scene_seed=data.scene_seed,
-        scene_size=data.scene_size,
-    )
+@functools.lru_cache(maxsize=1)
+def _read(profile: Profile) -> Dataset:
+    """The training set; read once for the plan and the work."""
+    return sources.read(sources.source(profile, part="train"))
 
 
 def _reads_aligned(cell: Cell) -> bool:

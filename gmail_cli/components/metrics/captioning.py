@@ -11,6 +11,7 @@ that package or without Java the metric is absent and the reason is given.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Float
@@ -262,6 +264,7 @@ def _meteor(captions: Sequence[str], truths: Sequence[Sequence[str]]) -> tuple[f
         feed.join()
         _write(process.stdin, [" ||| ".join(("EVAL", *statistics))])
         answers = [process.stdout.readline().strip() for _ in range(len(lines) + 1)]
+        _write(process.stdin, [], close=True)
         process.kill()
     try:
         values = [float(answer) for answer in answers]
@@ -273,13 +276,14 @@ def _meteor(captions: Sequence[str], truths: Sequence[Sequence[str]]) -> tuple[f
     return values[-1], np.array(values[:-1])
 
 
-def _write(stream: object, lines: Sequence[str]) -> None:
-    try:
+def _write(stream: IO[str], lines: Sequence[str], *, close: bool = False) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the program ended; whoever reads from it finds out
         for line in lines:
-            stream.write(line + "\n")  # type: ignore[attr-defined]
-        stream.flush()  # type: ignore[attr-defined]
-    except BrokenPipeError:
-        pass  # the program ended; the reader reports it
+            stream.write(line + "\n")
+        stream.flush()
+    if close:
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
 
 
 def _check(references: Mapping[str, Sequence[str]], hypotheses: Mapping[str, str], metrics: Sequence[str]) -> None:

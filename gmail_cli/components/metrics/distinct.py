@@ -29,19 +29,22 @@ class Distinct:
 
     @classmethod
     def of(cls, vectors: Float[np.ndarray, "rows dim"], *, order: Int[np.ndarray, " rows"]) -> Distinct:
-        """Find vectors that are bit-equal in fp32: by hash, then by comparison."""
-        first: dict[int, int] = {}  # hash of a vector -> its place in rows
-        rows: list[int] = []
-        slot = np.empty(len(order), np.int64)
-        for row in order.tolist():
-            vector = vectors[row].astype(np.float32) + 0.0  # makes -0.0 equal to 0.0
-            place = first.setdefault(hash(vector.tobytes()), len(rows))
-            if place < len(rows) and not np.array_equal(vectors[rows[place]].astype(np.float32), vector):
-                place = len(rows)
-            if place == len(rows):
-                rows.append(row)
-            slot[row] = place
-        return cls(rows=np.array(rows), slot=slot, copies=np.bincount(slot))
+        """Find equal vectors in fp32: those whose first values occur twice are hashed, then compared."""
+        start = np.ascontiguousarray(vectors[:, :4].astype(np.float32) + 0.0)  # +0.0 makes -0.0 equal to 0.0
+        starts = start.view(np.dtype((np.void, start.itemsize * start.shape[1])))[:, 0]
+        _, index, count = np.unique(starts, return_inverse=True, return_counts=True)
+        original = np.arange(len(vectors))  # for each row, the first row in order that equals it
+        first: dict[int, int] = {}
+        for row in order[count[index.reshape(-1)[order]] > 1].tolist():
+            vector = vectors[row].astype(np.float32) + 0.0
+            candidate = first.setdefault(hash(vector.tobytes()), row)
+            if np.array_equal(vectors[candidate].astype(np.float32), vector):
+                original[row] = candidate
+        rows = order[original[order] == order]
+        place = np.empty(len(vectors), np.int64)
+        place[rows] = np.arange(len(rows))
+        slot = place[original]
+        return cls(rows=rows, slot=slot, copies=np.bincount(slot))
 
 
 def inner_products(

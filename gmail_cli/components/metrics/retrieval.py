@@ -19,6 +19,7 @@ equal, therefore scores ``k / n`` and not 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -203,11 +204,13 @@ def retrieval_ranks(
 
     by_text = _Counter(pair_text, scores, queries=text_set, candidates=image_set, all_positives=all_positives)
     by_image = _Counter(pair_image, scores, queries=image_set, candidates=text_set, all_positives=all_positives)
-    for done, (rows, columns, block) in enumerate(tiles, start=1):
-        by_text.count(block, queries_at=rows, candidates_at=columns)
-        by_image.count(block.T, queries_at=columns, candidates_at=rows)
-        if progress is not None:
-            progress(done, tiles.total)
+    with ThreadPoolExecutor(max_workers=1) as helper:  # NumPy compares without holding the interpreter
+        for done, (rows, columns, block) in enumerate(tiles, start=1):
+            other = helper.submit(by_image.count, block.T, queries_at=columns, candidates_at=rows)
+            by_text.count(block, queries_at=rows, candidates_at=columns)
+            other.result()
+            if progress is not None:
+                progress(done, tiles.total)
 
     text_to_image = by_text.ranks(image_of=owners)
     image_to_text = by_image.ranks(image_of=np.arange(len(images)))
@@ -296,7 +299,8 @@ class _Tiles:
     def _product(self, text_slots: slice, tile: int) -> tuple[slice, Float[np.ndarray, "side side"]]:
         start = tile * self._side
         rows = self._image_rows[start : start + self._side]
-        self._image_block[: len(rows)] = self._images[rows]
+        consecutive = rows[-1] - rows[0] == len(rows) - 1  # rows of images only ever ascend
+        self._image_block[: len(rows)] = self._images[rows[0] : rows[-1] + 1] if consecutive else self._images[rows]
         scores = np.matmul(self._text_block, self._image_block.T, out=self._scores)
         scores[text_slots.stop - text_slots.start :] = -np.inf
         scores[:, len(rows) :] = -np.inf

@@ -1,0 +1,118 @@
+"""Retrieval ranks of this package beside CLIP_benchmark's way: equality, time, memory.
+
+    python benchmarks/retrieval.py [--images 5000] [--captions 5] [--dim 512] [--repeat 3]
+
+Random unit vectors with a common part per image. Each side runs in a process of its own, so that its peak
+memory above the inputs can be read. CLIP_benchmark's own functions are called where it is installed;
+otherwise its method (the whole score matrix, top k, a one-hot tensor per k) is written out below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+KS = (1, 5, 10)
+
+
+def world(images: int, captions: int, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    owners = np.repeat(np.arange(images), captions)
+    vectors = rng.standard_normal((images, dim), dtype=np.float32)
+    texts = rng.standard_normal((len(owners), dim), dtype=np.float32)
+    for start in range(0, len(texts), 1000):
+        texts[start : start + 1000] += 0.12 * vectors[owners[start : start + 1000]]
+    for table in (vectors, texts):
+        table /= np.linalg.norm(table, axis=1, keepdims=True)
+    return vectors, texts, owners
+
+
+def ours(images: np.ndarray, texts: np.ndarray, owners: np.ndarray) -> dict[str, float]:
+    from gmail_cli.components.metrics.retrieval import retrieval_metrics, retrieval_ranks
+
+    found = retrieval_metrics(retrieval_ranks(images, texts=texts, owners=owners), ks=KS)
+    return {name: value for name, value in found.items() if "recall_at" in name}
+
+
+def peer(images: np.ndarray, texts: np.ndarray, owners: np.ndarray) -> dict[str, float]:
+    import torch
+
+    try:
+        from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+    except ImportError:
+        batchify = recall_at_k = None
+    print("peer:", "written out here" if recall_at_k is None else "clip_benchmark", file=sys.stderr)
+    scores = torch.from_numpy(texts) @ torch.from_numpy(images).T
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(len(texts)), torch.from_numpy(owners)] = True
+    found = {}
+    for k in KS:
+        for name, table, truth in (
+            ("text_to_image", scores, positive),
+            ("image_to_text", scores.T, positive.T),
+        ):
+            if recall_at_k is not None:
+                share = batchify(recall_at_k, table, truth, 64, "cpu", k=k)
+            else:
+                parts = []
+                for rows, own in zip(table.split(64), truth.split(64), strict=True):
+                    top = rows.topk(k, dim=1).indices
+                    chosen = torch.nn.functional.one_hot(top, num_classes=rows.shape[1])
+                    parts.append((chosen * own[:, None]).sum(dim=(1, 2)))
+                share = torch.cat(parts)
+            found[f"{name}_recall_at_{k}"] = float((share > 0).float().mean())
+    return found
+
+
+def memory(field: str) -> float:
+    """A field of /proc/self/status in MB: VmRSS now, VmHWM the peak since it was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def measure(options: argparse.Namespace) -> None:
+    if options.side == "ours":
+        import gmail_cli.components.metrics.retrieval  # noqa: F401
+    else:
+        import torch  # noqa: F401
+    inputs = world(options.images, options.captions, options.dim)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, best = memory("VmRSS"), float("inf")
+    for _ in range(options.repeat if options.side == "ours" else 1):
+        start = time.perf_counter()
+        found = ours(*inputs) if options.side == "ours" else peer(*inputs)
+        best = min(best, time.perf_counter() - start)
+    print(best, memory("VmHWM") - before, *(f"{name}={value}" for name, value in found.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("images", 5000), ("captions", 5), ("dim", 512), ("repeat", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        measure(options)
+        return
+    found, seconds = {}, {}
+    size = f"{options.images} x {options.images * options.captions}"
+    print(f"{size}, {options.dim} dimensions, {os.cpu_count()} cores")
+    for side in ("ours", "peer"):
+        command = [sys.executable, __file__, "--side", side, *sys.argv[1:]]
+        words = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+        seconds[side] = float(words[0])
+        found[side] = {word.split("=")[0]: float(word.split("=")[1]) for word in words[2:]}
+        print(f"{side}: {seconds[side]:.2f} s, {float(words[1]):.0f} MB above the inputs")
+    for name, value in found["ours"].items():
+        print(f"  {name:27} {value:.5f}  differs by {abs(value - found['peer'][name]):.1e}")
+    print(f"ours is {seconds['peer'] / seconds['ours']:.1f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,535 @@
+"""Scores worked by hand, and the eval stage on small real artifacts of every kind."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gmail_cli.artifacts import Artifact, StageKey, Workspace, file_sha256
+from gmail_cli.components import captions, heads, measure, scores
+from gmail_cli.components.scores import Cell, Scores
+from gmail_cli.components.tables import Flow, Modality, Table
+from gmail_cli.components.tokenizer import train_tokenizer
+from gmail_cli.errors import InputError, RegressionError, UsageError
+from gmail_cli.profile import Profile, build
+from gmail_cli.stages import evaluate
+
+SPACE = "5" * 64
+DIM = 16
+COUNT = 24
+ARMS = {"none": 1.3, "real": 0.25, "generated-naive": 0.8, "generated-aligned": 0.4}
+"""Arm -> noise on its texts: how badly it retrieves."""
+
+
+def table(name: str, vectors: np.ndarray, rows: list[dict[str, object]], modality: Modality, flow: Flow) -> Table:
+    return Table.build(
+        vectors,
+        rows=rows,
+        name=name,
+        modality=modality,
+        flow=flow,
+        encoder="tiny",
+        encoder_digest=SPACE,
+        space=SPACE,
+        preprocess="p",
+    )
+
+
+def write(slot: object, each: Table) -> None:
+    files = each.files()
+    slot.write_npy(f"{each.header.name}/vectors.npy", files["vectors.npy"])  # type: ignore[attr-defined]
+    slot.write_jsonl(f"{each.header.name}/rows.jsonl", files["rows.jsonl"])  # type: ignore[attr-defined]
+    slot.write_json(f"{each.header.name}/table.json", files["table.json"])  # type: ignore[attr-defined]
+
+
+class World:
+    """A test set of scenes, and artifacts whose models retrieve it more or less well."""
+
+    def __init__(self, root: Path) -> None:
+        self.workspace = Workspace(root / "runs", "test")
+        self.test = captions.read("scenes:test", limit=COUNT)
+        self.train = captions.read("scenes:train", limit=8)
+        rng = np.random.default_rng(0)
+        self.images = rng.standard_normal((COUNT, DIM)).astype(np.float32)
+        self.images /= np.linalg.norm(self.images, axis=1, keepdims=True)
+        self.cells = [
+            {"task": "clip-text", "arm": arm, "seed": seed, "dual_projection": False}
+            for arm in ARMS
+            for seed in ((0,) if arm == "none" else (0, 1))
+        ]
+
+    def profile(self, **chosen: object) -> Profile:
+        data = {"train_limit": 8, "test_limit": COUNT, "protocol": "scenes-24/1"}
+        return build({"name": "small", "data": data, "eval": {"resamples": 200, "examples": 2, **chosen}})
+
+    def texts(self, name: str, noise: float, seed: int) -> Table:
+        rows = [
+            {"id": each.id, "owner": each.owner, "text": each.text, "kind": each.kind} for each in self.test.captions
+        ]
+        owners = np.array([[image.id for image in self.test.images].index(each.owner) for each in self.test.captions])
+        noisy = (
+            self.images[owners] + noise / DIM**0.5 * np.random.default_rng(seed).standard_normal((len(rows), DIM)) * 2
+        )
+        return table(name, noisy, rows, "text", "text")
+
+    def prompts(self, name: str) -> Table:
+        labels = np.array([image.label for image in self.test.images])
+        names = sorted(set(labels))
+        means = np.stack([self.images[labels == label].mean(axis=0) for label in names])
+        return table(name, means, [{"id": label, "label": label} for label in names], "text", "text")
+
+    def embeddings(self, *, plain: bool = False) -> Artifact:
+        rows = [{"id": image.id, "label": image.label} for image in self.test.images]
+        tables = [table("test-images", self.images, rows, "image", "real"), self.texts("test-texts", ARMS["none"], 9)]
+        if not plain:
+            for cell in self.cells:
+                name = cell_name(cell)
+                tables.append(self.texts(f"test-texts@{name}", ARMS[str(cell["arm"])], int(str(cell["seed"])) + 1))
+                tables.append(self.prompts(f"test-classes@{name}"))
+            shift = np.zeros(DIM)
+            shift[0] = 2
+            pairs = [{"id": f"p{row}", "owner": image.id} for row, image in enumerate(self.test.images)]
+            tables.append(table("gap-real", self.images, pairs, "image", "real"))
+            tables.append(table("gap-generated-naive", self.images + shift, pairs, "image", "real"))
+            tables.append(table("gap-generated-aligned", self.images + 0.1 * shift, pairs, "image", "generated"))
+        with self.workspace.open(StageKey(stage="embed", version=1, settings={"plain": plain})) as slot:
+            for each in tables if not slot.done else ():
+                write(slot, each)
+            return slot.artifact if slot.done else slot.commit(summary={})
+
+    def generated(self, *, leak: bool = False) -> Artifact:
+        source = self.test if leak else self.train
+        records = []
+        with self.workspace.open(StageKey(stage="generate", version=1, settings={"leak": leak})) as slot:
+            if slot.done:
+                return slot.artifact
+            for number, caption in enumerate(source.captions[:12]):
+                stream = io.BytesIO()
+                Image.new("RGB", (64, 64), (number * 20, 90, 120)).save(stream, "PNG")
+                path = slot.write_bytes(f"images/000/{number}.png", stream.getvalue())
+                records.append(
+                    {
+                        "key": str(number),
+                        "caption_id": caption.id,
+                        "caption": caption.text,
+                        "owner": caption.owner,
+                        "label": None,
+                        "k": 0,
+                        "seed": number,
+                        "sha256": file_sha256(path),
+                        "path": f"images/000/{number}.png",
+                        "width": 64,
+                        "height": 64,
+                    }
+                )
+            slot.write_jsonl("records.jsonl", records)
+            return slot.commit(summary={})
+
+    def trained(self) -> Artifact:
+        """Text towers (only their rows are read), probes and a captioner."""
+        labels = sorted({str(image.label) for image in self.test.images})
+        cells = [dict(cell) for cell in self.cells]
+        cells += [
+            {"task": "linear-probe", "arm": arm, "seed": 0, "dual_projection": False}
+            for arm in ("generated-naive", "generated-aligned")
+        ]
+        cells += [{"task": "clipcap", "arm": "real", "seed": 0, "dual_projection": dual} for dual in (False, True)]
+        with self.workspace.open(StageKey(stage="train", version=1, settings={})) as slot:
+            if slot.done:
+                return slot.artifact
+            for cell in cells:
+                cell |= {"name": cell_name(cell), "folder": cell_name(cell), "image_encoder": "f_r"}
+                curve = [{"step": step, "loss": 1 / (step + 1)} for step in range(5)] if cell["arm"] != "none" else []
+                if cell["task"] == "linear-probe":
+                    probe = heads.Probe(DIM, labels)
+                    torch.manual_seed(len(str(cell["arm"])))
+                    torch.nn.init.normal_(probe.linear.weight)
+                    slot.write_folder(cell_name(cell), lambda folder, probe=probe: heads.save_head(probe, folder))
+                if cell["task"] == "clipcap":
+                    slot.write_folder(cell_name(cell), lambda folder, cell=cell: self._captioner(cell, folder))
+                slot.write_jsonl(f"{cell_name(cell)}/metrics.jsonl", curve)
+            slot.write_json("cells.json", cells)
+            return slot.commit(summary={})
+
+    def _captioner(self, cell: dict[str, object], folder: Path) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        tokenizer = train_tokenizer([each.text for each in self.train.captions], entries=600)
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=64,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        captioner = heads.Captioner(
+            DIM,
+            lm=GPT2LMHeadModel(config).eval(),
+            tokenizer=tokenizer,
+            lm_name="small",
+            prefix_length=2,
+            tune_lm=True,
+            dual=bool(cell["dual_projection"]),
+        )
+        heads.save_head(captioner, folder)
+
+    def aligned(self) -> Artifact:
+        with self.workspace.open(StageKey(stage="align", version=1, settings={})) as slot:
+            if slot.done:
+                return slot.artifact
+            slot.write_jsonl("metrics.jsonl", [{"step": step, "loss": 3 - step / 9} for step in range(9)])
+            return slot.commit(summary={})
+
+    def evaluate(self, profile: Profile | None = None, **other: Artifact) -> Artifact:
+        given = {"embeddings": self.embeddings(), "train": self.trained(), "aligned": self.aligned()}
+        return evaluate.run(
+            profile or self.profile(), self.workspace, **{**given, "generated": self.generated(), **other}
+        )
+
+
+def cell_name(cell: dict[str, object]) -> str:
+    return f"{cell['task']}.{cell['arm']}.seed{cell['seed']}" + "+dual" * bool(cell["dual_projection"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def made(world: World) -> Artifact:
+    return world.evaluate()
+
+
+# -- scores ------------------------------------------------------------------------------------------------------
+
+
+def of(*values: float) -> Scores:
+    return Scores.mean(np.array(values), groups=np.arange(len(values)))
+
+
+def three_arms(naive: Scores, aligned: Scores, real: Scores) -> list[Cell]:
+    arms = {"generated-naive": naive, "generated-aligned": aligned, "real": real}
+    return [Cell(task="clip-text", arm=arm, seed=0, scores={"cider": each}) for arm, each in arms.items()]
+
+
+def test_a_mean_and_its_interval_resample_images_not_queries() -> None:
+    same = Scores.mean(np.array([1.0, 1, 0, 0]), groups=np.array([0, 0, 1, 1]))
+    low, high = same.interval(draws=400, level=0.95)
+    assert same.value == 0.5
+    assert (low, high) == (0.0, 1.0)  # two images only: each draw is 0, 0.5 or 1
+    assert Scores.whole(0.3, queries=4).interval(draws=400, level=0.95) == (None, None)
+
+
+def test_seeds_are_averaged_query_by_query_and_by_statistic() -> None:
+    assert scores.over_seeds([of(1, 0, 0), of(1, 1, 0)]).values.tolist() == [1.0, 0.5, 0.0]
+    ratio = Scores(columns=np.array([[1.0, 2.0], [1, 2]]), groups=np.arange(2), statistic=lambda s: s[:, 0] / s[:, 1])
+    other = replace(ratio, columns=np.array([[3.0, 4.0], [3, 4]]))
+    assert scores.over_seeds([ratio, other]).value == pytest.approx((0.5 + 0.75) / 2)
+
+
+def test_results_by_hand() -> None:
+    ones, zeros = np.ones(50), np.zeros(50)
+    naive = of(*np.concatenate([ones[:20], zeros[:30]]))  # 0.4
+    aligned = of(*np.concatenate([ones[:35], zeros[:15]]))  # 0.7
+    real = of(*np.concatenate([ones[:40], zeros[:10]]))  # 0.8
+    found = scores.results(three_arms(naive, aligned, real), protocol="p/1", draws=500, level=0.9)
+    assert found["metrics"] == pytest.approx(
+        {"clip-text.generated-naive.cider": 0.4, "clip-text.generated-aligned.cider": 0.7, "clip-text.real.cider": 0.8}
+    )
+    [against_naive, against_real] = found["comparisons"]
+    assert (against_naive["baseline"], against_real["baseline"]) == ("generated-naive", "real")
+    assert against_naive["difference"] == pytest.approx(0.3)
+    assert against_real["difference"] == pytest.approx(-0.1)
+    assert 0 < against_naive["low"] < 0.3 < against_naive["high"]
+    assert against_naive["by_seed"] == pytest.approx([0.3])
+    [share] = found["shares"]
+    assert share["share"] == pytest.approx(0.75)
+    assert share["low"] < 0.75 < share["high"] <= 1
+    assert {row["protocol"] for row in found["rows"]} == {"p/1"}
+
+
+def test_there_is_no_share_where_real_is_not_better_than_naive() -> None:
+    found = scores.results(
+        three_arms(of(1, 0, 1, 0), of(1, 1, 1, 0), of(1, 0, 0, 1)), protocol="p", draws=200, level=0.95
+    )
+    assert found["shares"][0]["share"] is None
+
+
+def test_p_values_are_corrected_for_all_comparisons() -> None:
+    values = np.random.default_rng(0).random(60)
+    cells = three_arms(of(*values), of(*(values + 0.05 * np.sin(np.arange(60)))), of(*(values + 0.2)))
+    found = scores.results(cells, protocol="p", draws=500, level=0.95)["comparisons"]
+    assert [row["p_value"] for row in found][1] == pytest.approx(2 / 501)  # the smaller of two p = 1/501, times two
+
+
+def test_an_arm_with_one_seed_stands_beside_every_seed_and_a_missing_seed_compares_nothing() -> None:
+    cells = [Cell(task="clipcap", arm="generated-aligned", seed=seed, scores={"cider": of(1, 1, 0)}) for seed in (0, 1)]
+    none = Cell(task="clipcap", arm="none", seed=None, scores={"cider": of(0, 1, 0)})
+    naive = [Cell(task="clipcap", arm="generated-naive", seed=seed, scores={"cider": of(1, 0, 0)}) for seed in (0, 5)]
+    found = scores.results([*cells, none, *naive], protocol="p", draws=200, level=0.95)["comparisons"]
+    assert [(row["baseline"], row["by_seed"]) for row in found] == [("none", pytest.approx([1 / 3, 1 / 3]))]
+
+
+def test_dual_projection_is_compared_with_itself_and_else_without() -> None:
+    def cell(arm: str, dual: bool, *values: float) -> Cell:
+        return Cell(task="clipcap", arm=arm, seed=0, dual_projection=dual, scores={"cider": of(*values)})
+
+    cells = [
+        cell("generated-aligned", True, 1, 1, 0, 1),
+        cell("generated-naive", False, 0, 0, 0, 1),
+        cell("real", False, 1, 1, 1, 1),
+        cell("real", True, 1, 1, 0, 1),
+    ]
+    found = scores.results(cells, protocol="p", draws=200, level=0.95)["comparisons"]
+    assert {row["baseline"]: row["difference"] for row in found} == {
+        "generated-naive": pytest.approx(0.5),
+        "real": 0.0,
+    }
+
+
+def test_mean_per_class_weighs_classes_not_images() -> None:
+    from gmail_cli.components.metrics.classification import classify
+
+    found = classify(np.array([[1.0, 0], [1, 0], [1, 0], [1, 0]]), labels=np.array([0, 0, 0, 1]))
+    measured = measure.classified(found, prefix="")
+    assert measured["top_1_accuracy"].value == 0.75
+    assert measured["mean_per_class_accuracy"].value == 0.5
+    low, high = measured["mean_per_class_accuracy"].interval(draws=200, level=0.95)
+    assert low is not None
+    assert high is not None
+    assert 0 <= low <= 0.5 <= high <= 1
+
+
+# -- regressions -------------------------------------------------------------------------------------------------
+
+BASE = {"clip-text.real.text_to_image_recall_at_1": 0.50, "clipcap.real.cider": 1.0, "gap.real.centroid_distance": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("now", "tolerance", "fallen"),
+    [
+        ({}, {}, []),
+        ({"clipcap.real.cider": 0.995}, {}, ["clipcap.real.cider"]),
+        ({"clipcap.real.cider": 0.995}, {"cider": 0.5}, []),
+        ({"clipcap.real.cider": 0.9949}, {"cider": 0.5}, ["clipcap.real.cider"]),
+        ({"clipcap.real.cider": 0.99}, {"all": 1.0}, []),
+        ({"clipcap.real.cider": 0.99}, {"all": 1.0, "clipcap.real.cider": 0.1}, ["clipcap.real.cider"]),
+        ({"gap.real.centroid_distance": 0.9}, {}, []),
+        ({"gap.real.centroid_distance": 0.9}, {"centroid_distance": 1.0}, ["gap.real.centroid_distance"]),
+        ({"gap.real.centroid_distance": 0.01}, {"centroid_distance": 0.0}, []),
+        ({"clipcap.real.cider": 2.0}, {}, []),
+    ],
+)
+def test_what_counts_as_a_fall(now: dict[str, float], tolerance: dict[str, float], fallen: list[str]) -> None:
+    found = scores.falls({**BASE, **now}, baseline=BASE, tolerance=tolerance)
+    assert [fall.metric for fall in found] == fallen
+
+
+def test_a_metric_that_is_gone_is_a_fall() -> None:
+    now = {name: value for name, value in BASE.items() if "cider" not in name}
+    assert [str(fall) for fall in scores.falls(now, baseline=BASE, tolerance={"all": 5})] == [
+        "clipcap.real.cider: 100.00 -> missing"
+    ]
+
+
+def test_a_tolerance_for_nothing_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'cider'"):
+        scores.falls(BASE, baseline=BASE, tolerance={"cidre": 1.0})
+
+
+# -- the stage ---------------------------------------------------------------------------------------------------
+
+
+def test_every_model_is_measured(made: Artifact) -> None:
+    results = made.read_json("results.json")
+    found = results["metrics"]
+    assert results["schema"] == "gmail.results/1"
+    assert results["protocol"] == "scenes-24/1"
+    order = [
+        found[f"clip-text.{arm}.text_to_image_recall_at_1"]
+        for arm in ("none", "generated-naive", "generated-aligned", "real")
+    ]
+    assert order == sorted(order)
+    assert len(set(order)) == 4
+    assert (
+        found["clip-text.real.long_text_to_image_recall_at_1"] > found["clip-text.none.long_text_to_image_recall_at_1"]
+    )
+    assert found["clip-text.real.zero_shot_top_1_accuracy"] > 0.5
+    assert {"linear-probe.generated-aligned.probe_top_1_accuracy", "clipcap.real+dual.cider"} <= set(found)
+    assert {"clipcap.real.bleu_4", "clipcap.real.rouge_l"} <= set(found)
+    assert found["gap.generated-aligned.paired_cosine"] > found["gap.generated-naive.paired_cosine"]
+    rows = [row for row in results["rows"] if row["metric"] == "text_to_image_recall_at_1" and row["arm"] == "real"]
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    assert all(row["n"] == 5 * COUNT for row in rows)
+
+
+def test_the_difference_to_naive_is_the_difference_of_the_means(made: Artifact) -> None:
+    results = made.read_json("results.json")
+    row = next(
+        row
+        for row in results["comparisons"]
+        if row["metric"] == "text_to_image_recall_at_1" and row["baseline"] == "generated-naive"
+    )
+    found = results["metrics"]
+    means = [found[f"clip-text.{arm}.text_to_image_recall_at_1"] for arm in ("generated-aligned", "generated-naive")]
+    assert row["difference"] == pytest.approx(means[0] - means[1])
+    assert len(row["by_seed"]) == 2
+
+
+def test_ranks_and_predictions_are_kept(made: Artifact, world: World) -> None:
+    from gmail_cli.components.metrics.retrieval import Ranks
+
+    kept = np.load(made.file("ranks/clip-text.real.seed1.short.text_to_image.npy"), allow_pickle=False)
+    again = Ranks.from_array(kept, candidates=COUNT).hits(1).mean()
+    rows = made.read_json("results.json")["rows"]
+    row = next(
+        row for row in rows if (row["arm"], row["seed"], row["metric"]) == ("real", 1, "text_to_image_recall_at_1")
+    )
+    assert again == pytest.approx(row["value"])
+    predictions = made.read_json("predictions/clipcap.real.seed0.json")
+    assert list(predictions) == [image.id for image in world.test.images] or set(predictions) == {
+        image.id for image in world.test.images
+    }
+
+
+def test_the_report_is_whole(made: Artifact) -> None:
+    page = made.file("report.html").read_text(encoding="utf-8")
+    for title in (
+        "The arms",
+        "The gap between real and generated",
+        "Recall at k",
+        "By class",
+        "Retrievals",
+        "Captions",
+    ):
+        assert title in page
+    assert "Real and generated images of one caption" in page
+    assert "Training" in page
+    assert len(page) < 3_000_000
+    assert made.summary["verdict"] in made.file("report.md").read_text(encoding="utf-8").replace("\\", "")
+
+
+def test_the_same_evaluation_is_reused_and_another_level_is_not(made: Artifact, world: World) -> None:
+    assert world.evaluate().path == made.path
+    wide = world.evaluate(world.profile(confidence=0.6, recall_at=[1, 3], true_recall=True, examples=0, meteor="off"))
+    assert wide.path != made.path
+    rows = {
+        (row["task"], row["arm"], row["seed"], row["dual_projection"], row["metric"]): row
+        for row in wide.read_json("results.json")["rows"]
+    }
+    for row in made.read_json("results.json")["rows"]:
+        other = rows.get((row["task"], row["arm"], row["seed"], row["dual_projection"], row["metric"]))
+        if other and row["low"] is not None:
+            assert other["high"] - other["low"] <= row["high"] - row["low"] + 1e-9
+    names = {metric.rpartition(".")[2] for metric in wide.read_json("results.json")["metrics"]}
+    assert {"text_to_image_recall_at_3", "text_to_image_true_recall_at_3"} <= names
+    assert "text_to_image_recall_at_5" not in names
+    assert "Retrievals" not in wide.file("report.html").read_text(encoding="utf-8")
+
+
+def test_embeddings_alone_give_retrieval(world: World) -> None:
+    made = evaluate.run(world.profile(), world.workspace, embeddings=world.embeddings(plain=True))
+    found = made.read_json("results.json")
+    assert {name.rpartition(".")[0] for name in found["metrics"]} == {"clip.none"}
+    assert found["comparisons"] == []
+    assert made.summary["verdict"].startswith("Text→image R@1 is")
+
+
+def test_embeddings_of_other_images_are_measured_without_pictures(world: World) -> None:
+    profile = build({"data": {"test": "no-such-file.json"}, "eval": {"resamples": 100}})
+    made = evaluate.run(profile, world.workspace, embeddings=world.embeddings(plain=True))
+    assert "No pictures" in made.file("report.html").read_text(encoding="utf-8")
+    assert made.read_json("results.json")["protocol"] == "no-such-file.json/unversioned"
+
+
+def test_generating_from_test_captions_is_a_leak(world: World) -> None:
+    with pytest.raises(InputError, match="test captions were generated from, first 'test-"):
+        world.evaluate(generated=world.generated(leak=True))
+
+
+def test_training_on_test_images_is_a_leak(world: World) -> None:
+    profile = build({"data": {"train": "scenes:test", "train_limit": 4, "test_limit": COUNT}})
+    with pytest.raises(InputError, match="4 images of the test set"):
+        world.evaluate(profile)
+
+
+def test_shared_captions_stop_or_are_counted(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "train.txt"
+    file.write_text(world.test.captions[3].text + "\nanother text\n", encoding="utf-8")
+    values = world.profile().model_dump()
+    values["data"]["train"] = str(file)
+    with pytest.raises(InputError, match="1 caption of the test set"):
+        world.evaluate(build(values))
+    values["eval"]["shared_captions"] = "report"
+    made = world.evaluate(build(values))
+    assert "1 of 144 test captions are also training captions" in made.file("report.md").read_text(encoding="utf-8")
+
+
+def test_a_baseline_passes_until_something_falls(made: Artifact, tmp_path: Path) -> None:
+    evaluate.check_baseline(made, made.path, tolerance={})
+    before = made.read_json("results.json")
+    name = "clip-text.real.text_to_image_recall_at_1"
+    before["metrics"][name] += 0.02
+    file = tmp_path / "baseline.json"
+    file.write_text(json.dumps(before), encoding="utf-8")
+    evaluate.check_baseline(made, file, tolerance={"text_to_image_recall_at_1": 2.0})
+    with pytest.raises(RegressionError, match=rf"1 of \d+ metrics fell(.|\n)*{name}: .*-2\.00, allowed 1\.9") as caught:
+        evaluate.check_baseline(made, file, tolerance={"text_to_image_recall_at_1": 1.9})
+    assert caught.value.exit_code == 5
+
+
+def test_baselines_that_do_not_fit_are_refused(made: Artifact, tmp_path: Path) -> None:
+    file = tmp_path / "baseline.json"
+    for content, problem in (
+        ("{", "cannot read the baseline"),
+        ("[]", "is not a gmail.results/1 document"),
+        (json.dumps({**made.read_json("results.json"), "protocol": "other/2"}), "protocol 'other/2'"),
+    ):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=problem):
+            evaluate.check_baseline(made, file, tolerance={})
+
+
+def test_a_text_of_no_test_image_is_refused() -> None:
+    images = table("test-images", np.eye(2, dtype=np.float32), [{"id": "a"}, {"id": "b"}], "image", "real")
+    texts = table(
+        "test-texts",
+        np.eye(2, dtype=np.float32),
+        [{"id": "1", "owner": "a"}, {"id": "2", "owner": "c"}],
+        "text",
+        "text",
+    )
+    with pytest.raises(InputError, match="text '2' belongs to image 'c'"):
+        measure.retrieval(images, texts=texts, ks=(1,))
+
+
+def test_generated_images_are_no_test_images() -> None:
+    images = table("test-images", np.eye(2, dtype=np.float32), [{"id": "a"}, {"id": "b"}], "image", "generated")
+    texts = table(
+        "test-texts",
+        np.eye(2, dtype=np.float32),
+        [{"id": "1", "owner": "a"}, {"id": "2", "owner": "b"}],
+        "text",
+        "text",
+    )
+    with pytest.raises(InputError, match="encoder of generated images"):
+        measure.retrieval(images, texts=texts, ks=(1,))
+
+
+def test_headers_survive_as_the_stage_wrote_them(world: World) -> None:
+    found = world.embeddings()
+    assert json.loads(found.file("test-images/table.json").read_text()) == asdict(
+        Table.load(found.folder("test-images")).header
+    )
