@@ -28,6 +28,7 @@ from gmail_cli.errors import InputError, UsageError
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
+SHIPPED_AUTOENCODERS = {"tiny": Path(__file__).resolve().parents[1] / "weights" / "tiny" / "pipeline" / "vae"}
 LARGEST_FILE = "7MB"
 """Weights are saved in files of at most this size where the library can split them."""
 
@@ -108,6 +109,28 @@ def autoencoder_job(
 def as_images(pixels: UInt8[Tensor, "batch side side 3"], *, device: torch.device) -> Float[Tensor, "batch 3 side side"]:
     """Pixels as floats in [-1, 1], channels first (and last in memory)."""
     return pixels.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+
+
+def autoencoder_folder(ref: str) -> Path:
+    """The folder of ``tiny``, or the one that ``ref`` names.
+
+    Raises:
+        InputError: There is no autoencoder in it.
+    """
+    folder = SHIPPED_AUTOENCODERS.get(ref, Path(ref))
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"train.autoencoder = {ref!r}: {folder} holds no autoencoder in diffusers format",
+            hint="Give tiny, or the cell of `gmail train --profile tiny-autoencoder`.",
+        )
+    return folder
+
+
+def load_autoencoder(ref: str) -> Any:
+    """An `AutoencoderKL` in single precision; see `autoencoder_folder`."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(autoencoder_folder(ref), local_files_only=True).eval()
 
 
 @torch.inference_mode()
