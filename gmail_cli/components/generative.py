@@ -130,7 +130,9 @@ def load_autoencoder(ref: str) -> Any:
     """An `AutoencoderKL` in single precision; see `autoencoder_folder`."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(autoencoder_folder(ref), local_files_only=True).eval()
+    model = AutoencoderKL.from_pretrained(autoencoder_folder(ref), local_files_only=True).eval()
+    model.register_to_config(_name_or_path="")  # or the pipeline would record where it lay
+    return model
 
 
 @torch.inference_mode()
