@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from gmail_cli.components.arms import Material
+    from gmail_cli.components.arms import Arm, Material
     from gmail_cli.components.captions import Dataset
     from gmail_cli.components.loop import Job, Loss, Recipe
 
@@ -145,6 +145,11 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
         from gmail_cli.components.encoders import model_digest
 
         models["clip"] = model_digest(profile.model.clip, revision=profile.model.revision)
+    if "latent-diffusion" in tasks:
+        from gmail_cli.components.generative import autoencoder_folder
+
+        models["autoencoder"] = folder_digest(autoencoder_folder(train.autoencoder))
+        del chosen["autoencoder"]
     if "clipcap" in tasks:
         models["lm"] = _lm_digest(train.lm, train.lm_revision)
         del chosen["lm"], chosen["lm_revision"]
@@ -458,6 +463,76 @@ def _linear_probe(inputs: Inputs, cell: Cell) -> Job:
     return probe_job(probe, inputs.material.pairs, inputs.material.embedded(cell.arm), meeting=meeting)
 
 
+def _autoencoder(inputs: Inputs, cell: Cell) -> Job:
+    from gmail_cli.components.generative import autoencoder_job
+    from gmail_cli.components.loop import seed_from
+
+    train = inputs.profile.train
+    return autoencoder_job(
+        _squares(inputs, cell),
+        rows=len(inputs.material.pairs),
+        side=train.image_size,
+        steps=train.steps,
+        seed=seed_from(inputs.profile.seed, cell.seed),
+        device=inputs.device,
+    )
+
+
+def _latent_diffusion(inputs: Inputs, cell: Cell) -> Job:
+    from dataclasses import replace
+
+    from gmail_cli.components.generative import (
+        encode_latents,
+        latent_diffusion_job,
+        load_autoencoder,
+        text_encoder_of,
+    )
+    from gmail_cli.components.loop import seed_from
+
+    autoencoder = load_autoencoder(inputs.profile.train.autoencoder).to(inputs.device)
+    clip, arm = inputs.material.clip, _squares(inputs, cell)
+    views = tuple(replace(view, values=encode_latents(autoencoder, view.values)) for view in arm.views)
+    return latent_diffusion_job(
+        inputs.material.pairs,
+        replace(arm, views=views),
+        autoencoder=autoencoder,
+        text_encoder=text_encoder_of(clip.model),
+        tokenizer=_hf_tokenizer(inputs, cell),
+        seed=seed_from(inputs.profile.seed, cell.seed),
+        device=inputs.device,
+    )
+
+
+def _causal_lm(inputs: Inputs, cell: Cell) -> Job:
+    from gmail_cli.components.generative import causal_lm_job
+    from gmail_cli.components.loop import seed_from
+
+    return causal_lm_job(
+        inputs.material.pairs,
+        tokenizer=_hf_tokenizer(inputs, cell),
+        seed=seed_from(inputs.profile.seed, cell.seed),
+        device=inputs.device,
+    )
+
+
+def _squares(inputs: Inputs, cell: Cell) -> Arm:
+    """The images of a cell's arm at ``train.image_size``."""
+    from gmail_cli.components.images import Preprocess
+
+    return inputs.material.pixels(cell.arm, Preprocess(size=inputs.profile.train.image_size))
+
+
+def _hf_tokenizer(inputs: Inputs, cell: Cell) -> Any:
+    """The transformers tokenizer of ``model.clip``."""
+    tokenizer = getattr(inputs.material.clip.tokenizer, "tokenizer", None)
+    if tokenizer is None:
+        raise UsageError(
+            f"model.clip = {inputs.profile.model.clip!r} has no transformers tokenizer, which {cell.task} saves",
+            hint="Take a CLIP with its own tokenizer files, such as tiny.",
+        )
+    return tokenizer
+
+
 _EMBEDDED = frozenset({"real", "generated-naive", "generated-aligned", "mixed"})
 _PIXELS = frozenset({"real", "generated-naive", "mixed"})
 
@@ -466,6 +541,9 @@ TASKS: Mapping[TaskName, Task] = {
     "clip": Task(build=_clip, arms=_PIXELS, image_encoder="own"),
     "clipcap": Task(build=_clipcap, arms=_EMBEDDED, dual=True),
     "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True),
+    "autoencoder": Task(build=_autoencoder, arms=_PIXELS, needs_clip=False),
+    "latent-diffusion": Task(build=_latent_diffusion, arms=_PIXELS),
+    "causal-lm": Task(build=_causal_lm, arms=frozenset({"real"})),
 }
 
 
