@@ -40,7 +40,7 @@ Limit = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe"]
+TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"]
 ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
 
@@ -223,7 +223,7 @@ class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
 
     tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
-    """What to train: a text tower, a whole CLIP, a captioner, or a class probe."""
+    """What to train: a text tower, a whole CLIP, a captioner, a class probe; or the parts of a small generator."""
     arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
         "none",
         "real",
