@@ -40,7 +40,7 @@ Limit = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe"]
+TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"]
 ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
 

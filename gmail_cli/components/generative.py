@@ -106,7 +106,9 @@ def autoencoder_job(
     return Job(module=model, loss=loss, rows=rows, export=export)
 
 
-def as_images(pixels: UInt8[Tensor, "batch side side 3"], *, device: torch.device) -> Float[Tensor, "batch 3 side side"]:
+def as_images(
+    pixels: UInt8[Tensor, "batch side side 3"], *, device: torch.device
+) -> Float[Tensor, "batch 3 side side"]:
     """Pixels as floats in [-1, 1], channels first (and last in memory)."""
     return pixels.to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
@@ -136,7 +138,9 @@ def load_autoencoder(ref: str) -> Any:
 
 
 @torch.inference_mode()
-def encode_latents(model: Any, pixels: UInt8[Tensor, "images side side 3"]) -> Float[Tensor, "images latent height width"]:
+def encode_latents(
+    model: Any, pixels: UInt8[Tensor, "images side side 3"]
+) -> Float[Tensor, "images latent rows columns"]:
     """Mean latents of an autoencoder, not scaled, on the CPU."""
     device = next(model.parameters()).device
     return torch.cat(
