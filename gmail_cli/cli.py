@@ -437,7 +437,7 @@ class _Context:
         flags: Mapping[str, Any],
     ) -> None:
         self.ref = profile
-        whole = {}
+        whole: dict[str, Any] = {}
         for part in ("train", "test"):
             if flags.get(f"data.{part}") is not None:  # another set: the profile's limits were not meant for it
                 whole |= {f"data.{part}_split": "", "data.holdout": 0.0, "data.protocol": ""}

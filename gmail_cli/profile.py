@@ -223,7 +223,7 @@ class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
 
     tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
-    """What to train: a text tower, a whole CLIP, a captioner, or a class probe."""
+    """What to train: a text tower, a whole CLIP, a captioner, a class probe; or the parts of a small generator."""
     arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
         "none",
         "real",

@@ -271,14 +271,22 @@ def test_shiny_objects_carry_a_highlight(kind: str, light: str, mirrored: bool) 
     camera = replace(scene.camera, exposure="even", grainy=False, soft=False)
     thing = replace(
         scene.objects[0],
-        kind=kind, colour="blue", mirrored=mirrored,
-        x=0.5, height=0.44, ground=0.8, depth="near",
+        kind=kind,
+        colour="blue",
+        mirrored=mirrored,
+        x=0.5,
+        height=0.44,
+        ground=0.8,
+        depth="near",
     )
     matte, shiny = (
         scenes.render(
             replace(
                 scene,
-                sky="day", ground="sand", light=light, camera=camera,
+                sky="day",
+                ground="sand",
+                light=light,
+                camera=camera,
                 objects=(replace(thing, material=material),),
             )
         ).astype(int)

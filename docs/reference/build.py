@@ -35,7 +35,8 @@ def profile_page() -> str:
 
 def _section(section: type[profiles.Section], title: str) -> list[str]:
     rows = [
-        f"| `{key}` | {_type(field.annotation, field.metadata)} | `{_default(field.default)}` | {_cell(field.description)} |"
+        f"| `{key}` | {_type(field.annotation, field.metadata)} | `{_default(field.default)}` "
+        f"| {_cell(field.description)} |"
         for key, field in section.model_fields.items()
         if key not in profiles.SECTIONS or section is not profiles.Profile
     ]

@@ -140,7 +140,7 @@ def load_autoencoder(ref: str) -> Any:
 @torch.inference_mode()
 def encode_latents(
     model: Any, pixels: UInt8[Tensor, "images side side 3"]
-) -> Float[Tensor, "images latent rows columns"]:
+) -> Float[Tensor, "images latent height width"]:
     """Mean latents of an autoencoder, not scaled, on the CPU."""
     device = next(model.parameters()).device
     return torch.cat(
