@@ -276,7 +276,7 @@ def search(
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for, in words.")],
     k: Annotated[int, typer.Option("--top", "-k", min=1, max=10_000, help="How many.")] = 10,
     table: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which index of the artifact; default: the first.")
+        str | None, typer.Option(metavar="NAME", help="Which index of the artifact; default: test-images.")
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with thumbnails.")] = None,
     workspace: WorkspaceOption = Path("runs"),

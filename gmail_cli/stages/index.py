@@ -24,6 +24,7 @@ from gmail_cli.stages import sources
 
 VERSION = 1
 INDEX = "index.json"
+TEST_IMAGES = "test-images"
 MEASURED_QUERIES = 1000
 """Most queries the recall of an index is measured with."""
 THUMBNAIL = 160
@@ -128,7 +129,7 @@ def search_vectors(
         artifact: What ``run`` made.
         queries: Unit vectors from the encoder that ``index.json`` names.
         k: How many.
-        table: Which index; the first when None.
+        table: Which index; the test images when None.
 
     Raises:
         InputError: The index is damaged, or the queries do not fit it.
@@ -188,7 +189,7 @@ def _queries(table: Table, tables: list[Table]) -> tuple[Float[np.ndarray, "quer
 def _table_name(about: Mapping[str, Any], table: str | None) -> str:
     names = list(about["tables"])
     if table is None:
-        return names[0]
+        return TEST_IMAGES if TEST_IMAGES in names else names[0]
     if table not in names:
         raise UsageError(f"the index has no table {table!r}", hint=f"It has: {', '.join(names)}.")
     return table

@@ -1,0 +1,112 @@
+"""The whole tool, small: ``gmail run`` on the built-in world, and Flickr8k photographs in two formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gmail_cli.artifacts import Artifact, Workspace
+from gmail_cli.components.tables import Table
+from gmail_cli.profile import build
+from gmail_cli.stages import embed, evaluate, index
+from test_cli import gmail
+
+SMALL = (
+    *("--set", "data.train_limit=24", "--set", "data.test_limit=40", "--set", "generate.steps=2"),
+    *("--set", "align.steps=2", "--set", "align.batch_size=8", "--set", "train.steps=2", "--set", "train.batch_size=8"),
+    *("--set", "train.warmup=0", "--set", "embed.gap_count=12", "--set", "eval.resamples=100"),
+)
+
+
+def test_run_makes_a_report_and_a_second_run_reuses_everything(tmp_path: Path) -> None:
+    first = gmail("run", "tiny", *SMALL, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    artifact = tmp_path / first.stdout.strip()
+    report = (artifact / "report.html").read_text(encoding="utf-8")
+    assert "generated-aligned" in report
+    assert "<script" not in report
+    results = json.loads((artifact / "results.json").read_text(encoding="utf-8"))
+    assert results["protocol"] == "scenes-1k/1"
+    arms = {row["arm"] for row in results["rows"] if row["task"] == "clip-text"}
+    assert arms == {"none", "real", "generated-naive", "generated-aligned"}
+    second = gmail("run", "tiny", *SMALL, cwd=tmp_path)
+    assert second.stdout == first.stdout
+    assert second.stderr.count("complete already, reused") == 6
+    planned = json.loads(gmail("run", "tiny", *SMALL, "--dry-run", "--json", cwd=tmp_path).stdout)["plan"]
+    assert [step["state"] for step in planned] == ["complete"] * 6
+    changed = gmail("run", "tiny", *SMALL, "--set", "align.lora_rank=2", "--dry-run", cwd=tmp_path).stdout
+    assert "changed settings.lora_rank: 4 -> 2" in changed
+    assert changed.count("would run") == 5
+    assert gmail("artifacts", "verify", cwd=tmp_path).returncode == 0
+    page = tmp_path / "hits.html"
+    found = gmail("search", "runs/tiny/index/latest", "a red ball", "-k", "3", "--html", str(page), cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 3
+    assert page.read_text(encoding="utf-8").count("data:image/") == 3
+
+
+PHOTOS = 60
+
+
+@pytest.fixture(scope="module")
+def flickr(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """The first dev photographs as COCO JSON with a folder, and the same as a WebDataset tar."""
+    folder = shared_data / "flickr8k"
+    described = json.loads((folder / "captions_dev.json").read_text(encoding="utf-8"))
+    texts: dict[int, list[str]] = {}
+    for row in described["annotations"]:
+        texts.setdefault(row["image_id"], []).append(row["caption"])
+    shard = tmp_path_factory.mktemp("shards") / "dev-00000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for row in described["images"][:PHOTOS]:
+            record = {"image_id": row["id"], "captions": texts[row["id"]]}
+            photo = (folder / "dev" / row["file_name"]).read_bytes()
+            for suffix, content in ((".jpg", photo), (".json", json.dumps(record).encode())):
+                member = tarfile.TarInfo(f"{row['id']:06d}{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(folder / "captions_dev.json"), str(folder / "dev"), str(shard)
+
+
+def measured(workspace: Workspace, test: str, images: str) -> tuple[Artifact, Artifact]:
+    profile = build(
+        {
+            "name": "flickr8k",
+            "data": {"test": test, "test_images": images, "test_limit": PHOTOS, "protocol": "flickr8k-dev-60/1"},
+            "eval": {"resamples": 100, "examples": 2},
+        }
+    )
+    embedded = embed.run(profile, workspace)
+    index.run(profile, workspace, embeddings=embedded)
+    return embedded, evaluate.run(profile, workspace, embeddings=embedded)
+
+
+def test_photographs_embed_and_score_the_same_from_json_and_from_tar(
+    flickr: tuple[str, str, str], tmp_path: Path
+) -> None:
+    annotations, images, shard = flickr
+    first, scores = measured(Workspace(tmp_path, "json"), annotations, images)
+    second, again = measured(Workspace(tmp_path, "tar"), shard, "")
+    tables = [[Table.load(each.folder(name)) for name in ("test-images", "test-texts")] for each in (first, second)]
+    for one, other in zip(*tables, strict=True):
+        assert np.array_equal(one.vectors, other.vectors)
+        assert [row.get("text") for row in one.rows] == [row.get("text") for row in other.rows]
+    metrics = scores.read_json("results.json")["metrics"]
+    assert metrics == again.read_json("results.json")["metrics"]
+
+    photographs, texts = tables[0]
+    rows = {name: row for row, name in enumerate(photographs.ids)}
+    owners = np.array([rows[row["owner"]] for row in texts.rows])
+    similarity = np.asarray(texts.vectors) @ np.asarray(photographs.vectors).T
+    for k in (1, 5, 10):
+        nearest = np.argsort(-similarity, axis=1)[:, :k]
+        expected = (nearest == owners[:, None]).any(axis=1).mean()
+        assert metrics[f"clip.none.text_to_image_recall_at_{k}"] == pytest.approx(expected, abs=1e-4)
+        nearest = np.argsort(-similarity.T, axis=1)[:, :k]
+        expected = (owners[nearest] == np.arange(PHOTOS)[:, None]).any(axis=1).mean()
+        assert metrics[f"clip.none.image_to_text_recall_at_{k}"] == pytest.approx(expected, abs=1e-4)
