@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -20,3 +22,11 @@ def shared_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """Give every test torch's first number of threads: another number moves the last bits of sums."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
