@@ -355,8 +355,8 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to compute on; `auto` takes a GPU when torch sees one."""
     threads: Limit = 0
-    """CPU threads for torch; 0 leaves torch's default. Another number can move the last bits of sums: equal bytes after a
-    restart need the same number."""
+    """CPU threads for torch; 0 leaves torch's default. Another number can move the last bits of sums: equal bytes
+    after a restart need the same number."""
     workers: Limit = 2
     """Threads that decode and encode images."""
     checkpoint_seconds: NonNegative = 30.0

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_cli import gmail
 
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components.tables import Table
 from gmail_cli.profile import build
 from gmail_cli.stages import embed, evaluate, index
-from test_cli import gmail
 
 SMALL = (
     *("--set", "data.train_limit=24", "--set", "data.test_limit=40", "--set", "generate.steps=2"),
