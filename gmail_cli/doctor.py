@@ -65,7 +65,7 @@ def _storage(workspace: Path) -> dict[str, str]:
 
 def _needs(profile: profiles.Profile) -> str:
     missing = [
-        f"{key} = {ref} (hub; not in the cache)"
+        f"{key} = {ref} ({'a folder that is not here' if ref.count('/') > 1 else 'hub; not in the cache'})"
         for key, ref, revision in _models(profile)
         if not _is_here(ref, revision)
     ]

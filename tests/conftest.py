@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: another number of threads moves the last bits of sums
 
 import pytest
 import torch
@@ -25,8 +26,6 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_threads() -> Iterator[None]:
-    """Give every test torch's first number of threads: another number moves the last bits of sums."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def one_thread() -> None:
+    """Every test starts with one thread, like the processes it starts."""
+    torch.set_num_threads(1)
