@@ -139,13 +139,10 @@ def test_dry_run_names_the_key_that_changed_the_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion_completes_commands(tmp_path: Path, shell: str) -> None:
+def test_shell_completion_prints_a_script(tmp_path: Path, shell: str) -> None:
     script = gmail("--show-completion", shell, cwd=tmp_path, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert script.returncode == 0
     assert "_COMPLETE" in script.stdout
-    values = {"_CLI_COMPLETE": f"complete_{shell}", "COMP_WORDS": "gmail al", "COMP_CWORD": "1"}
-    values["_TYPER_COMPLETE_ARGS"] = "gmail al"
-    assert script.stdout.strip()
 
 
 def test_reference_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
