@@ -268,6 +268,9 @@ class Train(Section):
     """`clip`: random shifts; `crop-flip` also mirrors (wrong where captions speak of left and right)."""
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """`clip`: share of patches left out during the first three quarters of the steps; vision transformers only."""
+    class_weight: NonNegative = 0.0
+    """`clip`: weight of a second loss in which each image tells its class from the others by their prompts; needs
+    classes."""
     image_size: Annotated[int, Field(ge=16, multiple_of=16)] = 64
     """`autoencoder`, `latent-diffusion`: side of the images, pixels; a multiple of 16."""
     autoencoder: str = "tiny"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gmail_cli.components.arms import Arm, Meeting
-from gmail_cli.components.encoders import Clip, save_clip, text_features
+from gmail_cli.components.encoders import Clip, save_clip, text_features, text_features_by_length
 from gmail_cli.components.heads import IGNORED, Captioner, Head, Probe, save_head
 from gmail_cli.components.loop import Job
 from gmail_cli.components.pairs import Pairs
@@ -32,6 +32,8 @@ LARGEST_SCALE = 100.0
 """Upper bound of CLIP's inverse temperature (Radford et al. 2021)."""
 NEVER = -1e4
 """Logit of a class that cannot be the answer."""
+PROMPT = "a photo of a {}."
+"""What a class is called in the class loss of ``clip``."""
 
 
 # -- image-text contrast -----------------------------------------------------------------------------------------
@@ -78,7 +80,8 @@ class _Texts:
     def embed(self, model: Any, rows: Int[Tensor, " batch"], *, device: torch.device) -> Float[Tensor, "batch dim"]:
         """Unit embeddings, differentiable; equal texts of a batch are encoded once."""
         different, where = torch.unique(self.of_caption[rows], return_inverse=True)
-        features = text_features(model, self.ids[different].long().to(device))
+        read = text_features_by_length if device.type == "cpu" else text_features
+        features = read(model, self.ids[different].long().to(device))
         return functional.embedding(where.to(device), functional.normalize(features.float(), dim=-1))
 
 
@@ -115,7 +118,14 @@ def clip_text_job(clip: Clip, pairs: Pairs, arm: Arm | None) -> Job:
 
 
 def clip_job(
-    clip: Clip, pairs: Pairs, arm: Arm, *, augment: Augment = "none", patch_dropout: float = 0.0, whole_from: int = 0
+    clip: Clip,
+    pairs: Pairs,
+    arm: Arm,
+    *,
+    augment: Augment = "none",
+    patch_dropout: float = 0.0,
+    whole_from: int = 0,
+    class_weight: float = 0.0,
 ) -> Job:
     """Train a whole CLIP, from random weights or from given ones.
 
@@ -127,8 +137,13 @@ def clip_job(
             which is wrong where captions speak of left and right.
         patch_dropout: Share of patches left out (Li et al. 2023, FLIP); vision transformers only.
         whole_from: From this step on all patches are seen.
+        class_weight: Weight of a second loss, for images with a class: the cross-entropy of telling the class from
+            the others by their prompts, as in zero-shot classification. Captions alone hardly ask for the class
+            where colour, place and setting already tell the images of a batch apart (labels and captions in one
+            space: UniCL, Yang et al. 2022).
 
     Raises:
+        InputError: A class weight without classes.
         UsageError: Patch dropout for a tower without patches to drop.
     """
     from open_clip.transformer import PatchDropout, VisionTransformer
@@ -143,6 +158,9 @@ def clip_job(
             )
         dropout = model.visual.patch_dropout = PatchDropout(patch_dropout)
     texts = _Texts(clip, pairs)
+    if class_weight and not bool((pairs.labels >= 0).any()):
+        raise InputError("train.class_weight needs images with a class, and none has one", hint="Set it to 0.")
+    prompts = clip.tokenize([PROMPT.format(name) for name in pairs.class_names]).ids if class_weight else None
     mean, std = (torch.tensor(values, device=clip.device) for values in (clip.preprocess.mean, clip.preprocess.std))
 
     def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -153,7 +171,16 @@ def clip_job(
         with _quick_attention(clip.device):
             images = functional.normalize(model.encode_image(pixels).float(), dim=-1)
             embedded = texts.embed(model, rows, device=clip.device)
-        return _contrast(model, images, embedded, pairs, rows)
+            names = None if prompts is None else text_features(model, prompts.to(clip.device))
+        value, told = _contrast(model, images, embedded, pairs, rows)
+        if names is None:
+            return value, told
+        scores = model.logit_scale.exp().clamp(max=LARGEST_SCALE) * images @ functional.normalize(names.float()).T
+        labels = pairs.labels[rows].to(clip.device)
+        # The mean over all rows, so that a batch without a class is no division by zero.
+        classes = functional.cross_entropy(scores, labels, ignore_index=-1, reduction="sum") / len(rows)
+        right = (scores.detach().argmax(dim=1) == labels).float().mean()
+        return value + class_weight * classes, {**told, "class_accuracy": right}
 
     def export(folder: Path) -> None:
         if dropout is not None:

@@ -396,6 +396,7 @@ def _clip(inputs: Inputs, cell: Cell) -> Job:
         augment=train.augment,
         patch_dropout=train.patch_dropout,
         whole_from=round(WHOLE_SHARE * train.steps),
+        class_weight=train.class_weight,
     )
 
 

@@ -1,0 +1,1 @@
+"""The shipped small models, and how they are made."""
