@@ -140,6 +140,18 @@ def test_text_trimming_does_less_work(vit: Clip):
     assert lengths == [4, 32]
 
 
+def test_texts_read_by_length_keep_their_order_and_cost_less(vit: Clip):
+    ids = vit.tokenize([*TEXTS, *TEXTS[::-1]]).ids
+    lengths: list[int] = []
+    handle = vit.model.ln_final.register_forward_hook(lambda _module, inputs, _out: lengths.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        by_length = encoders.text_features_by_length(vit.model, ids, bucket=2)
+        handle.remove()
+        torch.testing.assert_close(by_length, encoders.text_features(vit.model, ids), atol=1e-6, rtol=0)
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == vit.context_length
+
+
 def test_towers_that_see_all_positions_are_not_trimmed():
     config = copy.deepcopy(VIT)
     config["model_cfg"]["custom_text"] = True
@@ -148,6 +160,8 @@ def test_towers_that_see_all_positions_are_not_trimmed():
     tokens = clip.tokenize(TEXTS)
     with torch.no_grad():
         torch.testing.assert_close(clip.encode_texts(TEXTS), clip.model.encode_text(tokens.ids, normalize=True))
+        plain = clip.model.encode_text(tokens.ids)
+        torch.testing.assert_close(encoders.text_features_by_length(clip.model, tokens.ids, bucket=2), plain)
     assert tokens.truncated.tolist() == [False, False, False, True, False]
 
 

@@ -261,6 +261,37 @@ def test_a_clip_from_random_weights_and_one_fine_tuned(world: World) -> None:
     assert sizes[1] == 700
 
 
+def test_the_class_loss_teaches_a_clip_its_classes(world: World) -> None:
+    options = {"tasks": ["clip"], "arms": ["real"], "steps": 60, "lr": 3e-3}
+    taught = world.train(class_weight=4.0, **options)
+    curve = taught.read_jsonl("clip.real.seed0/metrics.jsonl")
+    assert curve[-1]["class_accuracy"] > curve[0]["class_accuracy"] + 0.2
+    plain = world.train(**options)
+    assert "class_accuracy" not in plain.read_jsonl("clip.real.seed0/metrics.jsonl")[0]
+
+    prompts = [f"a photo of a {name}." for name in scenes.CLASS_NAMES]
+    shown = captions.read("scenes:train", limit=IMAGES, scene_size=SIDE)
+    labels = torch.tensor([scenes.CLASS_NAMES.index(image.label) for image in shown.images])
+
+    def known(artifact: Artifact) -> float:
+        clip = load_clip(artifact.folder("clip.real.seed0") / "clip")
+        images = torch.from_numpy(embed_images(clip, shown.image_bytes, IMAGES))
+        return float(((images @ clip.encode_texts(prompts).T).argmax(1) == labels).float().mean())
+
+    assert known(taught) > known(plain) + 0.2
+
+
+def test_a_class_loss_needs_classes(world: World, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": "red"}\n')
+    profile = world.profile(tasks=["clip"], arms=["real"], class_weight=1.0)
+    data = profile.data.model_copy(update={"train": str(tmp_path / "captions.jsonl"), "train_limit": 0})
+    with pytest.raises(InputError, match=r"train\.class_weight needs images with a class"):
+        train.run(profile.model_copy(update={"data": data}), world.workspace)
+
+
 # -- plans and pairs ---------------------------------------------------------------------------------------------
 
 
