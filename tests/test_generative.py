@@ -112,7 +112,7 @@ def test_autoencoder_learns_and_its_export_scales_latents_to_unit_variance(arm: 
     loaded = AutoencoderKL.from_pretrained(tmp_path)
     assert next(loaded.parameters()).dtype == torch.float32
     latents = generative.encode_latents(loaded, pixels)
-    assert latents.shape == (6, 16, 8, 8)
+    assert latents.shape == (6, 4, 8, 8)
     assert float(latents.std()) * loaded.config.scaling_factor == pytest.approx(1, rel=1e-2)
 
 
@@ -174,7 +174,7 @@ def denoiser(pairs: Pairs, arm: Arm, tokenizer) -> Job:
         tokenizer=tokenizer,
         seed=0,
         device=CPU,
-        channels=(32, 64),
+        channels=(16, 32),
     )
 
 
