@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from gmail_cli.components.pixels import Pixels
     from gmail_cli.components.tuning import TunedTower
 
-VERSION = 1
+VERSION = 2
 TRANSFER_ROWS = 20_000
-"""Most generated training images that the transfer regression is fitted on."""
+"""Most generated training images that transfer is fitted on."""
+JUDGED = 5_000
+"""Most held-out real images that transfer is judged by."""
 
 Progress = Callable[[int, int], None]
 
@@ -316,23 +318,35 @@ def _validate(profile: Profile, work: _Work, merged: Clip) -> dict[str, Any]:
     import numpy as np
 
     from gmail_cli.components import encoders, objectives, transfer
+    from gmail_cli.components.tasks import LARGEST_SCALE
 
-    real = [work.real[row] for row in work.held_real]
+    rng = np.random.default_rng(profile.seed)
+
+    def some(rows: np.ndarray, *, most: int) -> np.ndarray:
+        return rows[np.sort(rng.permutation(len(rows))[:most])]
+
+    judged = some(work.held_real, most=JUDGED)
+    real = [work.real[row] for row in judged]
     held = work.held[objectives.has_partner([work.generated[row] for row in work.held], real)]
     if min(len(held), len(real)) < 2:
         reason = "too few held-out images" if profile.align.validation else "align.validation is 0"
         return {"verdict": f"not validated: {reason}"}
-    order = np.random.default_rng(profile.seed).permutation(len(work.train))
-    train = work.train[np.sort(order[:TRANSFER_ROWS])]
+    train = some(work.train, most=TRANSFER_ROWS)
+    learn = np.setdiff1d(np.arange(len(work.real)), work.held_real)
+    generated = [work.generated[row] for row in train]
+    partners = objectives.pair(generated, [work.real[row] for row in learn], seed=profile.seed).with_candidates(learn)
     return transfer.validate(
         transfer.View(train=work.before[train], held=work.before[held]),
         transfer.View(train=_embed(merged, work.pixels, train), held=_embed(merged, work.pixels, held)),
-        real=work.targets[work.held_real],
+        partners=work.targets[partners.rows(np.arange(len(train)), seed=profile.seed)],
+        real=work.targets[judged],
         pairs=objectives.pair([work.generated[row] for row in held], real),
         task=transfer.make_task(
-            [work.generated[row] for row in train],
+            generated,
             real,
             embed=lambda texts: encoders.embed_texts(work.clip, texts)[0],
+            scale=min(float(work.clip.model.logit_scale.exp()), LARGEST_SCALE),
+            seed=profile.seed,
         ),
         objective=profile.align.objective,
         seed=profile.seed,
