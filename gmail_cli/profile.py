@@ -77,7 +77,8 @@ class Data(Section):
     test_limit: Limit = 0
     """Use the first N test images with all their captions; 0 uses all (for `scenes:` a number is needed)."""
     holdout: Fraction = 0.0
-    """Share of images, chosen by a hash of their id, that `test` keeps and `train` leaves when both name one source."""
+    """Share of images, chosen by a hash of their id, that `test` keeps and `train` leaves when both name one source;
+    `seed` does not move it."""
     scene_seed: int = 0
     """Seed of the built-in world."""
     scene_size: Annotated[int, Field(ge=16, le=1024)] = 64

@@ -108,3 +108,12 @@ def test_broken_toml_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'name = "\xff"')
     with pytest.raises(UsageError, match="not UTF-8"):
         profiles.load(path)
+
+
+def test_what_is_held_out_does_not_move_with_the_seed() -> None:
+    from gmail_cli.stages import sources
+
+    first, second = (profiles.build({"data": {"train": "a.json", "holdout": 0.1}, "seed": seed}) for seed in (0, 1))
+    for part in ("train", "test"):
+        assert sources.source(first, part=part) == sources.source(second, part=part)
+        assert sources.source(first, part=part)["holdout"][0] == part

@@ -24,6 +24,7 @@ from gmail_cli.components import captions as reader
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
+from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,16 +126,7 @@ def _read(profile: Profile) -> Dataset:
     if generate.source == "import":
         return reader.read(generate.import_path, limit=generate.limit or None, on_bad=data.on_bad, need_images=True)
     limit = min(filter(None, (generate.limit, data.train_limit)), default=None)
-    return reader.read(
-        data.train,
-        format=data.format,
-        split=data.train_split or None,
-        limit=limit,
-        holdout=("train", data.holdout, profile.seed) if data.holdout else None,
-        on_bad=data.on_bad,
-        scene_seed=data.scene_seed,
-        scene_size=data.scene_size,
-    )
+    return sources.read({**sources.source(profile, part="train"), "images": None, "limit": limit})
 
 
 def _planned(profile: Profile, dataset: Dataset) -> list[Planned]:
