@@ -441,7 +441,8 @@ class _Context:
         for part in ("train", "test"):
             if flags.get(f"data.{part}") is not None:  # another set: the profile's limits were not meant for it
                 whole |= {f"data.{part}_split": "", "data.holdout": 0.0, "data.protocol": ""}
-                whole |= {} if flags[f"data.{part}"].startswith("scenes:") else {f"data.{part}_limit": 0}
+                if not flags[f"data.{part}"].startswith("scenes:"):
+                    whole |= {f"data.{part}_limit": 0, "generate.captions_per_image": 0}
         flags = {**whole, **{key: value for key, value in flags.items() if value is not None}}
         self.overrides = [f"{key}={_toml_text(value)}" for key, value in flags.items()]
         self.overrides += overrides or []
