@@ -40,6 +40,12 @@ app.add_typer(profile_app, name="profile")
 app.add_typer(artifacts_app, name="artifacts")
 
 
+def _complete_profile(incomplete: str) -> list[str]:
+    from gmail_cli import shipped
+
+    return [name for name in shipped.profiles() if name.startswith(incomplete)]
+
+
 class OnBad(str, Enum):
     """What a bad record does."""
 
@@ -49,7 +55,17 @@ class OnBad(str, Enum):
 
 ProfileOption = Annotated[
     str | None,
-    typer.Option("--profile", "-p", metavar="NAME|PATH", help="Profile; default: $GMAIL_PROFILE, ./gmail.toml, tiny."),
+    typer.Option(
+        "--profile",
+        "-p",
+        metavar="NAME|PATH",
+        help="Profile; default: $GMAIL_PROFILE, ./gmail.toml, tiny.",
+        autocompletion=_complete_profile,
+    ),
+]
+ProfileArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="PROFILE", help="Name or path of a profile.", autocompletion=_complete_profile),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -243,7 +259,7 @@ def eval_(
 
 @app.command(name="run")
 def run_(
-    profile: Annotated[str | None, typer.Argument(metavar="PROFILE", help="Name or path of a profile.")] = None,
+    profile: ProfileArgument = None,
     set_: SetOption = None,
     run: RunOption = None,
     workspace: WorkspaceOption = Path("runs"),
@@ -316,7 +332,7 @@ def profile_list(as_json: JsonOption = False) -> None:
 
 @profile_app.command(name="show")
 def profile_show(
-    profile: Annotated[str | None, typer.Argument(metavar="PROFILE")] = None,
+    profile: ProfileArgument = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -328,7 +344,11 @@ def profile_show(
 
 
 @profile_app.command(name="check")
-def profile_check(profile: Annotated[list[str], typer.Argument(metavar="PROFILE...")]) -> None:
+def profile_check(
+    profile: Annotated[
+        list[str], typer.Argument(metavar="PROFILE", help="Names or paths.", autocompletion=_complete_profile)
+    ],
+) -> None:
     """Check profiles: keys, types, ranges."""
     from gmail_cli import profile as profiles
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gmail_cli import shipped as files
 from gmail_cli.errors import InputError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -399,15 +400,8 @@ SECTIONS = tuple(
 )
 
 
-def shipped_folder() -> Path:
-    """The folder of shipped profiles: in the wheel, or at the top of a checkout."""
-    inside = Path(__file__).parent / "profiles"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "profiles"
-
-
-def shipped() -> dict[str, Path]:
-    """Name -> file of each shipped profile."""
-    return {path.stem: path for path in sorted(shipped_folder().glob("*.toml"))}
+shipped_folder = files.profile_folder
+shipped = files.profiles
 
 
 def locate(ref: str | None, *, environment: Mapping[str, str] = os.environ) -> Path:

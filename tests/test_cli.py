@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import runpy
+import select
 import subprocess
 import sys
 import time
@@ -143,6 +145,88 @@ def test_shell_completion_prints_a_script(tmp_path: Path, shell: str) -> None:
     script = gmail("--show-completion", shell, cwd=tmp_path, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert script.returncode == 0
     assert "_COMPLETE" in script.stdout
+
+
+def shell_environment(folder: Path) -> dict[str, str]:
+    """Variables of a shell whose `gmail` is this checkout's, through a program in ``folder/bin``."""
+    program = folder / "bin" / "gmail"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom gmail_cli.cli import main\nmain()\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    return {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+class Terminal:
+    """An interactive bash on a terminal of its own, with `gmail` on its path and its completion installed."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = shell_environment(folder)
+        environment |= {"PS1": "ready> ", "TERM": "dumb", "INPUTRC": os.devnull}
+        self._end, other = pty.openpty()
+        self._bash = subprocess.Popen(
+            ["bash", "--norc", "--noprofile", "-i"],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(other)
+        self.until("ready> ")
+        self.type('eval "$(gmail --show-completion bash)"; echo "loaded:$?"\n')
+        self.until("loaded:0\r\nready> ")
+
+    def type(self, keys: str) -> None:
+        os.write(self._end, keys.encode())
+
+    def until(self, text: str) -> str:
+        """What the screen shows until `text` comes."""
+        shown = ""
+        for _ in range(600):
+            if select.select([self._end], [], [], 0.1)[0]:
+                shown += os.read(self._end, 4096).decode()
+            if text in shown:
+                return shown
+        raise AssertionError(f"{text!r} did not come: {shown!r}")
+
+    def close(self) -> None:
+        self._bash.kill()
+        self._bash.wait()
+        os.close(self._end)
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("gmail al", "gmail align "),
+        ("gmail artifacts ver", "gmail artifacts verify "),
+        ("gmail generate --per", "gmail generate --per-caption "),
+        ("gmail align --profile coco-", "gmail align --profile coco-sd21-vitb16 "),
+        ("gmail run tiny-a", "gmail run tiny-autoencoder "),
+        ("gmail profile show cifake-", "gmail profile show cifake-clip "),
+        ("gmail run mine", "gmail run mine.toml "),
+    ],
+)
+def test_tab_completes_in_bash(tmp_path: Path, typed: str, line: str) -> None:
+    (tmp_path / "mine.toml").write_text("")
+    terminal = Terminal(tmp_path)
+    try:
+        terminal.type(f"{typed}\t")
+        terminal.until(line)
+    finally:
+        terminal.close()
+
+
+def test_completing_a_profile_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom gmail_cli.cli import _complete_profile\n"
+        "assert _complete_profile('cifake') == ['cifake-clip', 'cifake']\n"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 def test_reference_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
