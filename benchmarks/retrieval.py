@@ -44,7 +44,7 @@ def embedded(artifact: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = {name: row for row, name in enumerate(images.ids)}
     short = [number for number, row in enumerate(texts.rows) if row["kind"] == "short"]
     owners = np.array([rows[texts.rows[number]["owner"]] for number in short])
-    return np.asarray(images.vectors, np.float32), np.asarray(texts.vectors[short], np.float32), owners
+    return np.array(images.vectors, np.float32), np.array(texts.vectors[short], np.float32), owners
 
 
 def ours(images: np.ndarray, texts: np.ndarray, owners: np.ndarray) -> dict[str, float]:
