@@ -1,10 +1,11 @@
 """Caption metrics of this package beside pycocoevalcap: equality and time.
 
-    python benchmarks/captioning.py CAPTIONS.json [--images 5000] [--meteor]
+    python benchmarks/captioning.py CAPTIONS.json [--images 5000] [--meteor] [--sets near far first]
 
-CAPTIONS.json is in COCO's captions format. Two sets of captions are scored against all references: the
-first reference of the same image with words left out, and another image's first reference. Needs
-``pycocoevalcap``; tokens are compared too when Java is installed.
+CAPTIONS.json is in COCO's captions format. Three sets of captions are scored: the first reference of the same
+image with words left out (near) and another image's first reference (far) against all references, and every
+image's first reference against its others (first). Needs ``pycocoevalcap``; tokens are compared too when Java
+is installed, and METEOR needs it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from gmail_cli.components.metrics.captioning import METRICS, score_captions
 from gmail_cli.components.metrics.ptb import tokenise
 
+SETS = ("near", "far", "first")
+
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("captions", type=Path)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--meteor", action="store_true")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="which captions to score")
     options = parser.parse_args()
 
     references: dict[str, list[str]] = {}
@@ -68,17 +72,22 @@ def main() -> None:
         theirs = {i: [tokenise(text) for text in texts] for i, texts in references.items()}
         print("tokens: not compared, no Java")
 
-    for name, hypotheses in (("near", near), ("far", far)):
+    first = {i: references[i][0] for i in ids}
+    others = {i: texts[1:] for i, texts in references.items()}
+    sets = {"near": (references, near), "far": (references, far), "first": (others, first)}
+    for name in options.sets:
+        against, hypotheses = sets[name]
+        truths = {i: theirs[i][-len(texts) :] for i, texts in against.items()}
         metrics = METRICS if options.meteor else tuple(metric for metric in METRICS if metric != "meteor")
         tokenise("")
-        found, seconds = timed(lambda: score_captions(references, hypotheses, metrics=metrics))  # noqa: B023
+        found, seconds = timed(lambda: score_captions(against, hypotheses, metrics=metrics))  # noqa: B023
         print(f"{name}: ours {seconds:.2f} s" + "".join(f"\n  {why}" for why in found.absent.values()))
         captions = {i: [tokenise(text)] for i, text in hypotheses.items()}
         peers = [("bleu", Bleu(4)), ("rouge_l", Rouge()), ("cider", Cider())]
         if "meteor" in found.corpus:
             peers.append(("meteor", Meteor()))
         for metric, peer in peers:
-            (score, each), seconds = timed(lambda: peer.compute_score(theirs, captions))  # noqa: B023
+            (score, each), seconds = timed(lambda: peer.compute_score(truths, captions))  # noqa: B023
             names = [f"bleu_{n}" for n in range(1, 5)] if metric == "bleu" else [metric]
             scores = score if metric == "bleu" else [score]
             for full_name, value in zip(names, scores, strict=True):

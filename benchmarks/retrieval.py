@@ -1,8 +1,10 @@
 """Retrieval ranks of this package beside CLIP_benchmark's way: equality, time, memory.
 
     python benchmarks/retrieval.py [--images 5000] [--captions 5] [--dim 512] [--repeat 3]
+    python benchmarks/retrieval.py --embeddings runs/<run>/embed/latest
 
-Random unit vectors with a common part per image. Each side runs in a process of its own, so that its peak
+Random unit vectors with a common part per image, or the test images and short test captions of an embed artifact.
+Each side runs in a process of its own, so that its peak
 memory above the inputs can be read. CLIP_benchmark's own functions are called where it is installed;
 otherwise its method (the whole score matrix, top k, a one-hot tensor per k) is written out below.
 """
@@ -31,6 +33,18 @@ def world(images: int, captions: int, dim: int) -> tuple[np.ndarray, np.ndarray,
     for table in (vectors, texts):
         table /= np.linalg.norm(table, axis=1, keepdims=True)
     return vectors, texts, owners
+
+
+def embedded(artifact: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, short captions and the row of each caption's image, as an embed artifact holds them."""
+    from gmail_cli.artifacts import Artifact
+    from gmail_cli.components.tables import Table
+
+    images, texts = (Table.load(Artifact.load(artifact).folder(name)) for name in ("test-images", "test-texts"))
+    rows = {name: row for row, name in enumerate(images.ids)}
+    short = [number for number, row in enumerate(texts.rows) if row["kind"] == "short"]
+    owners = np.array([rows[texts.rows[number]["owner"]] for number in short])
+    return np.array(images.vectors, np.float32), np.array(texts.vectors[short], np.float32), owners
 
 
 def ours(images: np.ndarray, texts: np.ndarray, owners: np.ndarray) -> dict[str, float]:
@@ -81,7 +95,9 @@ def measure(options: argparse.Namespace) -> None:
         import gmail_cli.components.metrics.retrieval  # noqa: F401
     else:
         import torch  # noqa: F401
-    inputs = world(options.images, options.captions, options.dim)
+    inputs = (
+        embedded(options.embeddings) if options.embeddings else world(options.images, options.captions, options.dim)
+    )
     Path("/proc/self/clear_refs").write_text("5")
     before, best = memory("VmRSS"), float("inf")
     for _ in range(options.repeat if options.side == "ours" else 1):
@@ -95,14 +111,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("images", 5000), ("captions", 5), ("dim", 512), ("repeat", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="ARTIFACT", help="an embed artifact instead of random vectors"
+    )
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         measure(options)
         return
     found, seconds = {}, {}
-    size = f"{options.images} x {options.images * options.captions}"
-    print(f"{size}, {options.dim} dimensions, {os.cpu_count()} cores")
+    images, captions, dim = options.images, options.images * options.captions, options.dim
+    if options.embeddings:
+        vectors, texts, _ = embedded(options.embeddings)
+        images, captions, dim = len(vectors), len(texts), vectors.shape[1]
+    print(f"{images} x {captions}, {dim} dimensions, {os.cpu_count()} cores")
     for side in ("ours", "peer"):
         command = [sys.executable, __file__, "--side", side, *sys.argv[1:]]
         words = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gmail_cli import __version__
-from gmail_cli.errors import GmailError, InputError, UsageError
+from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
 
 if TYPE_CHECKING:
     from gmail_cli.artifacts import Artifact, Workspace
@@ -40,6 +40,20 @@ app.add_typer(profile_app, name="profile")
 app.add_typer(artifacts_app, name="artifacts")
 
 
+def _count(value: str | int) -> int:
+    """The number of an option that counts something (as typed, or its default)."""
+    text = str(value)
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is not a whole number of at least 1; leave it out for the default.")
+    return int(text)
+
+
+def _complete_profile(incomplete: str) -> list[str]:
+    from gmail_cli import shipped
+
+    return [name for name in shipped.profiles() if name.startswith(incomplete)]
+
+
 class OnBad(str, Enum):
     """What a bad record does."""
 
@@ -49,7 +63,17 @@ class OnBad(str, Enum):
 
 ProfileOption = Annotated[
     str | None,
-    typer.Option("--profile", "-p", metavar="NAME|PATH", help="Profile; default: $GMAIL_PROFILE, ./gmail.toml, tiny."),
+    typer.Option(
+        "--profile",
+        "-p",
+        metavar="NAME|PATH",
+        help="Profile; default: $GMAIL_PROFILE, ./gmail.toml, tiny.",
+        autocompletion=_complete_profile,
+    ),
+]
+ProfileArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="PROFILE", help="Name or path of a profile.", autocompletion=_complete_profile),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -82,7 +106,8 @@ ImagesOption = Annotated[
     str | None, typer.Option("--images", metavar="FOLDER", help="Folder of the images that --captions names.")
 ]
 LimitOption = Annotated[
-    int | None, typer.Option("--limit", min=1, metavar="N", help="Use the first N images with all their captions.")
+    int | None,
+    typer.Option("--limit", parser=_count, metavar="N", help="Use the first N images with all their captions."),
 ]
 OnBadOption = Annotated[
     OnBad | None, typer.Option("--on-bad", help="What a bad caption or image record does (data.on_bad).")
@@ -101,8 +126,7 @@ def _root(
 @app.command()
 def generate(
     captions: CaptionsOption = None,
-    images: ImagesOption = None,
-    per_caption: Annotated[int | None, typer.Option(min=1, metavar="K", help="Images per caption.")] = None,
+    per_caption: Annotated[int | None, typer.Option(parser=_count, metavar="K", help="Images per caption.")] = None,
     limit: LimitOption = None,
     import_: Annotated[
         str | None,
@@ -119,7 +143,6 @@ def generate(
     """Make images from captions, byte-stable per (caption, k), resumable per image."""
     flags = {
         "data.train": captions,
-        "data.train_images": images,
         "generate.per_caption": per_caption,
         "generate.limit": limit,
         "generate.import_path": import_,
@@ -233,17 +256,25 @@ def eval_(
     dry_run: DryRunOption = False,
 ) -> None:
     """Measure on real images: retrieval, zero-shot, captions, modality gap; write an HTML report."""
+    allowed = _tolerances(tolerance or [])
+    if allowed and baseline is None:
+        hint = "Name the results to compare with: --baseline FILE."
+        raise UsageError(f"--tolerance {' '.join(tolerance or [])} without --baseline", hint=hint)
     context = _Context(profile, set_, run, workspace, as_json, dry_run, {})
-    artifact = _stage("eval", context, embeddings=embeddings, train=train_)
-    if artifact is not None and baseline is not None:
-        from gmail_cli.stages import evaluate
+    if baseline is None:
+        _stage("eval", context, embeddings=embeddings, train=train_)
+        return
+    from gmail_cli.stages import evaluate
 
-        evaluate.check_baseline(artifact, baseline, tolerance=_tolerances(tolerance or []))
+    evaluate.read_baseline(baseline)  # an evaluation takes minutes: find out first
+    artifact = _stage("eval", context, embeddings=embeddings, train=train_)
+    if artifact is not None:
+        evaluate.check_baseline(artifact, baseline, tolerance=allowed)
 
 
 @app.command(name="run")
 def run_(
-    profile: Annotated[str | None, typer.Argument(metavar="PROFILE", help="Name or path of a profile.")] = None,
+    profile: ProfileArgument = None,
     set_: SetOption = None,
     run: RunOption = None,
     workspace: WorkspaceOption = Path("runs"),
@@ -253,7 +284,7 @@ def run_(
     """Run every stage a profile lists, in order, reusing what is complete."""
     from gmail_cli import plan
 
-    context = _Context(profile, set_, run, workspace, as_json, dry_run, {})
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, {}, named_by="PROFILE")
     loaded, space = context.load()
     if dry_run:
         context.print_plan(plan.steps(loaded, space, stages=loaded.stages))
@@ -274,12 +305,11 @@ def run_(
 def search(
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="Index artifact.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for, in words.")],
-    k: Annotated[int, typer.Option("--top", "-k", min=1, max=10_000, help="How many.")] = 10,
+    k: Annotated[int, typer.Option("--top", "-k", parser=_count, metavar="K", help="How many.")] = 10,
     table: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which index of the artifact; default: test-images.")
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with thumbnails.")] = None,
-    workspace: WorkspaceOption = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
     """Search an index with a text query; prints the top k with scores."""
@@ -288,7 +318,12 @@ def search(
 
     found = stage.search(Artifact.load(index), query, k=k, table=table)
     if html is not None:
-        html.write_text(stage.search_page(found), encoding="utf-8")
+        page = stage.search_page(found)
+        try:
+            html.write_text(page, encoding="utf-8")
+        except OSError as error:
+            hint = "Name a file in a folder that exists and can be written."
+            raise SetupError(f"cannot write --html {html}: {error.strerror}", hint=hint) from error
         _say(f"page: {html}")
     if as_json:
         typer.echo(json.dumps({"query": query, "hits": found.hits}, ensure_ascii=False))
@@ -316,24 +351,28 @@ def profile_list(as_json: JsonOption = False) -> None:
 
 @profile_app.command(name="show")
 def profile_show(
-    profile: Annotated[str | None, typer.Argument(metavar="PROFILE")] = None,
+    profile: ProfileArgument = None,
     set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the resolved profile as TOML; loading that text gives an equal profile."""
     from gmail_cli import profile as profiles
 
-    loaded = profiles.load(profile, overrides=set_ or [])
+    loaded = profiles.load(profile, overrides=set_ or [], named_by="PROFILE")
     typer.echo(loaded.model_dump_json() if as_json else profiles.dump(loaded), nl=as_json)
 
 
 @profile_app.command(name="check")
-def profile_check(profile: Annotated[list[str], typer.Argument(metavar="PROFILE...")]) -> None:
+def profile_check(
+    profile: Annotated[
+        list[str], typer.Argument(metavar="PROFILE", help="Names or paths.", autocompletion=_complete_profile)
+    ],
+) -> None:
     """Check profiles: keys, types, ranges."""
     from gmail_cli import profile as profiles
 
     for ref in profile:
-        loaded = profiles.load(ref)
+        loaded = profiles.load(ref, named_by="PROFILE")
         typer.echo(f"{ref}: ok ({', '.join(loaded.stages)})")
 
 
@@ -374,7 +413,7 @@ def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) ->
 
 @artifacts_app.command(name="verify")
 def artifacts_verify(
-    paths: Annotated[list[Path] | None, typer.Argument(metavar="[ARTIFACT]...")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="ARTIFACT")] = None,
     run: RunOption = None,
     workspace: WorkspaceOption = Path("runs"),
 ) -> None:
@@ -400,9 +439,14 @@ def artifacts_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
 ) -> None:
     """Delete interrupted folders and artifacts that no stage's latest artifact needs."""
-    for space in _workspaces(workspace, run):
-        for path in space.garbage() if dry_run else space.collect_garbage():
-            typer.echo(_shown(path))
+    found = [
+        path
+        for space in _workspaces(workspace, run)
+        for path in (space.garbage() if dry_run else space.collect_garbage())
+    ]
+    for path in found:
+        typer.echo(_shown(path))
+    _say(f"{len(found)} folder(s) {'would be deleted' if dry_run else 'deleted'}")
 
 
 @app.command()
@@ -435,13 +479,17 @@ class _Context:
         as_json: bool,
         dry_run: bool,
         flags: Mapping[str, Any],
+        *,
+        named_by: str = "--profile",
     ) -> None:
         self.ref = profile
+        self.named_by = named_by
         whole: dict[str, Any] = {}
         for part in ("train", "test"):
             if flags.get(f"data.{part}") is not None:  # another set: the profile's limits were not meant for it
                 whole |= {f"data.{part}_split": "", "data.holdout": 0.0, "data.protocol": ""}
-                whole |= {} if flags[f"data.{part}"].startswith("scenes:") else {f"data.{part}_limit": 0}
+                if not flags[f"data.{part}"].startswith("scenes:"):
+                    whole |= {f"data.{part}_limit": 0, "generate.captions_per_image": 0}
         flags = {**whole, **{key: value for key, value in flags.items() if value is not None}}
         self.overrides = [f"{key}={_toml_text(value)}" for key, value in flags.items()]
         self.overrides += overrides or []
@@ -455,7 +503,7 @@ class _Context:
         from gmail_cli import profile as profiles
         from gmail_cli.artifacts import Workspace
 
-        path = profiles.locate(self.ref)
+        path = profiles.locate(self.ref, named_by=self.named_by)
         loaded = profiles.load(path, overrides=self.overrides)
         if self.ref is None and path == profiles.shipped().get(profiles.DEFAULT_PROFILE):
             _say(
@@ -599,8 +647,9 @@ class _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):
-            self._bars.stop()
+        if self._console.is_terminal:
+            with contextlib.suppress(Exception):
+                self._bars.stop()
 
     def task(self, description: str) -> Callable[[int, int], None]:
         """A callback (done, total) that moves one bar."""

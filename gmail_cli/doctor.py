@@ -56,8 +56,9 @@ def _storage(workspace: Path) -> dict[str, str]:
     free = shutil.disk_usage(there).free / 2**30
     cache = Path(HF_HUB_CACHE)
     models = sorted(path.name for path in cache.glob("models--*")) if cache.is_dir() else []
+    place = f"{workspace.resolve()}{'' if there.is_dir() else ' is a file, not a folder'}"
     return {
-        "workspace": f"{workspace.resolve()}: {free:.0f} GiB free",
+        "workspace": f"{place}: {free:.0f} GiB free",
         "hub cache": f"{cache}: {len(models)} model(s){', offline' if HF_HUB_OFFLINE else ''}",
         "shipped weights": f"{sum(f.stat().st_size for f in _SHIPPED.rglob('*') if f.is_file()) / 2**20:.1f} MiB",
     }

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gmail_cli import shipped as files
 from gmail_cli.errors import InputError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -403,28 +404,22 @@ SECTIONS = tuple(
 )
 
 
-def shipped_folder() -> Path:
-    """The folder of shipped profiles: in the wheel, or at the top of a checkout."""
-    inside = Path(__file__).parent / "profiles"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "profiles"
+shipped_folder = files.profile_folder
+shipped = files.profiles
 
 
-def shipped() -> dict[str, Path]:
-    """Name -> file of each shipped profile."""
-    return {path.stem: path for path in sorted(shipped_folder().glob("*.toml"))}
-
-
-def locate(ref: str | None, *, environment: Mapping[str, str] = os.environ) -> Path:
+def locate(ref: str | None, *, named_by: str = "--profile", environment: Mapping[str, str] = os.environ) -> Path:
     """The profile file that applies: ``--profile``, then ``GMAIL_PROFILE``, then ``./gmail.toml``, then ``tiny``.
 
     Args:
         ref: A shipped profile's name or a path; None when the user gave none.
+        named_by: The option or argument that named it, for the message.
         environment: Where ``GMAIL_PROFILE`` is looked up.
 
     Raises:
         UsageError: No such profile; names the nearest shipped one.
     """
-    source = "--profile"
+    source = named_by
     if ref is None and environment.get("GMAIL_PROFILE"):
         ref, source = environment["GMAIL_PROFILE"], "GMAIL_PROFILE"
     if ref is None:
@@ -435,23 +430,26 @@ def locate(ref: str | None, *, environment: Mapping[str, str] = os.environ) -> P
     path = Path(ref)
     if path.is_file():
         return path
+    if path.is_dir():
+        raise UsageError(f"{source}: {ref!r} is a folder, not a TOML file", hint="Name the profile's file in it.")
     near = difflib.get_close_matches(ref, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     hint += f"Shipped: {', '.join(known)}; or give the path of a TOML file."
     raise UsageError(f"{source}: no profile {ref!r}", hint=hint)
 
 
-def load(ref: str | Path | None = None, *, overrides: Iterable[str] = ()) -> Profile:
+def load(ref: str | Path | None = None, *, overrides: Iterable[str] = (), named_by: str = "--profile") -> Profile:
     """Load a profile and apply ``section.key=value`` overrides.
 
     Args:
         ref: A shipped name, a path, or None for the default search order (:func:`locate`).
         overrides: Texts as given to ``--set``; the value is TOML, or a bare string.
+        named_by: The option or argument that named ``ref``, for the message.
 
     Raises:
         UsageError: An unknown key, a value of the wrong type or out of range, or broken TOML.
     """
-    path = ref if isinstance(ref, Path) else locate(ref)
+    path = ref if isinstance(ref, Path) else locate(ref, named_by=named_by)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -466,7 +464,8 @@ def loads(text: str, *, overrides: Iterable[str] = (), origin: str = "profile", 
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{origin} is not valid TOML: {error}") from error
+        hint = "Correct that place; `gmail profile show tiny` prints a profile that loads."
+        raise UsageError(f"{origin} is not valid TOML: {error}", hint=hint) from error
     values.setdefault("name", name)
     for override in overrides:
         _apply(values, override)

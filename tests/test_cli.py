@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import runpy
+import select
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from gmail_cli.cli import main
+from gmail_cli.doctor import examine
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,6 +116,122 @@ def test_errors_name_the_value_and_what_to_do(
     assert "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that fails in a new user's folder; the exit code and all it says on stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GMAIL_PROFILE", raising=False)
+    (tmp_path / "captions.txt").write_text("A red ball on grass.\n")
+    (tmp_path / "short.json").write_text('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotat')
+    (tmp_path / "typo.toml").write_text("[data]\ntrian = 3\n")
+    (tmp_path / "broken.toml").write_text("[data\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.bin").write_text("x")
+    manifest = {"schema": "gmail.manifest/1", "key": {"stage": "embed"}}
+    for stage in ("embed", "index"):
+        (tmp_path / "made" / stage).mkdir(parents=True)
+        (tmp_path / "made" / stage / "manifest.json").write_text(json.dumps({**manifest, "key": {"stage": stage}}))
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["gmail", *arguments])
+        monkeypatch.setattr(sys.modules["__main__"], "__package__", "")  # usage names the program by it
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        return f"exit {stopped.value.code}\n{shown.err}".replace(f"{tmp_path}/", "")
+
+    return run
+
+
+NO_PROFILE = """hint: Shipped: cifake-clip, cifake, coco-sd21-vitb16, tiny-autoencoder, tiny-clip, tiny-diffusion, \
+tiny-lm, tiny; or give the path of a TOML file.
+"""
+WRONG = {
+    "artifacts gc": "exit 3\nerror: no folder runs\nhint: Give the folder of runs with --workspace.\n",
+    "artifacts gc --workspace made --run nope": (
+        "exit 3\nerror: no run 'nope' in made\nhint: Runs there: embed, index.\n"
+    ),
+    "artifacts verify folder": (
+        "exit 3\nerror: folder is not an artifact: it has no manifest.json\n"
+        "hint: Give a stage folder such as runs/tiny/align/latest.\n"
+    ),
+    "profile check nope": "exit 2\nerror: PROFILE: no profile 'nope'\n" + NO_PROFILE,
+    "profile check typo.toml": "exit 2\nerror: typo.toml: unknown key 'data.trian'; did you mean 'train'?\n",
+    "profile check folder": (
+        "exit 2\nerror: PROFILE: 'folder' is a folder, not a TOML file\nhint: Name the profile's file in it.\n"
+    ),
+    "profile check broken.toml": (
+        "exit 2\nerror: broken.toml is not valid TOML: Expected ']' at the end of a table declaration "
+        "(at line 1, column 6)\nhint: Correct that place; `gmail profile show tiny` prints a profile that loads.\n"
+    ),
+    "run folder": (
+        "exit 2\nerror: PROFILE: 'folder' is a folder, not a TOML file\nhint: Name the profile's file in it.\n"
+    ),
+    "generate -p tiny --limit 0": (
+        "exit 2\nUsage: gmail generate [OPTIONS]\nTry 'gmail generate -h' for help.\n\nError: Invalid value for "
+        "'--limit': '0' is not a whole number of at least 1; leave it out for the default.\n"
+    ),
+    "generate -p tiny --per-caption many": (
+        "exit 2\nUsage: gmail generate [OPTIONS]\nTry 'gmail generate -h' for help.\n\nError: Invalid value for "
+        "'--per-caption': 'many' is not a whole number of at least 1; leave it out for the default.\n"
+    ),
+    "generate -p tiny --captions missing.json": (
+        "exit 3\nerror: missing.json does not exist\nhint: Check the path; scenes:train is the built-in world.\n"
+    ),
+    "generate -p tiny --captions folder": (
+        "exit 3\nerror: no usable record in folder\n"
+        "hint: Name a file of captions, or a folder of images or of .parquet or .tar shards.\n"
+    ),
+    "generate -p tiny --captions short.json": (
+        "exit 3\nerror: short.json is not JSON: Unterminated string starting at: line 1 column 47 (char 46)\n"
+        "hint: Copy or download the file again.\n"
+    ),
+    "generate -p tiny --captions=": (
+        "exit 2\nerror: the captions' path '' is empty\n"
+        "hint: Name a captions file, a folder, shards, or scenes:train (the built-in world).\n"
+    ),
+    "align -p tiny --generated captions.txt": (
+        "exit 3\nerror: captions.txt is not an artifact: it has no manifest.json\n"
+        "hint: Give a stage folder such as runs/tiny/align/latest.\n"
+    ),
+    "eval -p tiny --tolerance all=1": (
+        "exit 2\nerror: --tolerance all=1 without --baseline\n"
+        "hint: Name the results to compare with: --baseline FILE.\n"
+    ),
+    "eval -p tiny --baseline missing.json": (
+        "exit 3\nerror: cannot read the baseline missing.json: No such file or directory\n"
+        "hint: Give the results.json of an eval.\n"
+    ),
+    "eval -p tiny --baseline short.json": (
+        "exit 3\nerror: the baseline short.json is not JSON: Unterminated string starting at: "
+        "line 1 column 47 (char 46)\nhint: Give the results.json of an eval.\n"
+    ),
+    "search made/index ''": (
+        "exit 2\nerror: the query '' is empty\nhint: Say what to look for: \"a red car on snow\".\n"
+    ),
+    "search made/embed car": (
+        "exit 3\nerror: made/embed was made by `gmail embed`\n"
+        "hint: Give a folder made by `gmail index`, such as runs/tiny/index/latest.\n"
+    ),
+    "search made/index car --top 0": (
+        "exit 2\nUsage: gmail search [OPTIONS] {INDEX} {QUERY}\nTry 'gmail search -h' for help.\n\n"
+        "Error: Invalid value for '--top' / '-k': '0' is not a whole number of at least 1; leave it out for the "
+        "default.\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_input_is_told_in_full(told: Callable[..., str], command: str) -> None:
+    assert told(*shlex.split(command)) == WRONG[command]
+
+
+def test_doctor_sees_that_the_workspace_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    assert f"{tmp_path / 'runs'} is a file, not a folder: " in examine(tmp_path / "runs")["storage"]["workspace"]
+
+
 def test_the_default_profile_says_that_it_draws_only_its_own_world(tmp_path: Path) -> None:
     said = "profile tiny: it draws only its own small world of scenes; for photographs use --profile coco-sd21-vitb16"
     assert said in gmail("generate", "--dry-run", cwd=tmp_path).stderr
@@ -143,6 +266,88 @@ def test_shell_completion_prints_a_script(tmp_path: Path, shell: str) -> None:
     script = gmail("--show-completion", shell, cwd=tmp_path, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert script.returncode == 0
     assert "_COMPLETE" in script.stdout
+
+
+def shell_environment(folder: Path) -> dict[str, str]:
+    """Variables of a shell whose `gmail` is this checkout's, through a program in ``folder/bin``."""
+    program = folder / "bin" / "gmail"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom gmail_cli.cli import main\nmain()\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    return {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+class Terminal:
+    """An interactive bash on a terminal of its own, with `gmail` on its path and its completion installed."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = shell_environment(folder)
+        environment |= {"PS1": "ready> ", "TERM": "dumb", "INPUTRC": os.devnull}
+        self._end, other = pty.openpty()
+        self._bash = subprocess.Popen(
+            ["bash", "--norc", "--noprofile", "-i"],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(other)
+        self.until("ready> ")
+        self.type('eval "$(gmail --show-completion bash)"; echo "loaded:$?"\n')
+        self.until("loaded:0\r\nready> ")
+
+    def type(self, keys: str) -> None:
+        os.write(self._end, keys.encode())
+
+    def until(self, text: str) -> str:
+        """What the screen shows until `text` comes."""
+        shown = ""
+        for _ in range(600):
+            if select.select([self._end], [], [], 0.1)[0]:
+                shown += os.read(self._end, 4096).decode()
+            if text in shown:
+                return shown
+        raise AssertionError(f"{text!r} did not come: {shown!r}")
+
+    def close(self) -> None:
+        self._bash.kill()
+        self._bash.wait()
+        os.close(self._end)
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("gmail al", "gmail align "),
+        ("gmail artifacts ver", "gmail artifacts verify "),
+        ("gmail generate --per", "gmail generate --per-caption "),
+        ("gmail align --profile coco-", "gmail align --profile coco-sd21-vitb16 "),
+        ("gmail run tiny-a", "gmail run tiny-autoencoder "),
+        ("gmail profile show cifake-", "gmail profile show cifake-clip "),
+        ("gmail run mine", "gmail run mine.toml "),
+    ],
+)
+def test_tab_completes_in_bash(tmp_path: Path, typed: str, line: str) -> None:
+    (tmp_path / "mine.toml").write_text("")
+    terminal = Terminal(tmp_path)
+    try:
+        terminal.type(f"{typed}\t")
+        terminal.until(line)
+    finally:
+        terminal.close()
+
+
+def test_completing_a_profile_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom gmail_cli.cli import _complete_profile\n"
+        "assert _complete_profile('cifake') == ['cifake-clip', 'cifake']\n"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 def test_reference_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

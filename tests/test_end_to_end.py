@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import gmail
+from test_cli import ROOT, gmail
 
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components.tables import Table
@@ -48,6 +48,22 @@ def test_run_makes_a_report_and_a_second_run_reuses_everything(tmp_path: Path) -
     assert found.returncode == 0, found.stderr
     assert len(found.stdout.splitlines()) == 3
     assert page.read_text(encoding="utf-8").count("data:image/") == 3
+
+
+def test_coco_captions_become_five_images_each_as_typed(shared_data: Path, tmp_path: Path) -> None:
+    """The line of README and docs on the real file: every caption counts, whatever the default profile says."""
+    typed = "generate --captions ../shared/data/coco/captions_val2017.json --per-caption 5 --limit 1"
+    assert (ROOT / "../shared/data").samefile(shared_data)
+    made = gmail(*typed.split(), "--workspace", str(tmp_path), cwd=ROOT)
+    assert made.returncode == 0, made.stderr
+    artifact = Artifact.load(Path(made.stdout.strip()))
+    records = artifact.read_jsonl("records.jsonl")
+    assert len(records) == 25
+    assert {record["owner"] for record in records} == {"397133"}
+    assert len({record["caption"] for record in records}) == 5
+    assert [record["k"] for record in records] == [*range(5)] * 5
+    assert len({record["sha256"] for record in records}) == 25
+    assert artifact.verify() == []
 
 
 PHOTOS = 60

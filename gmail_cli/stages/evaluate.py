@@ -136,15 +136,7 @@ def check_baseline(artifact: Artifact, baseline: Path, *, tolerance: Mapping[str
         RegressionError: A metric fell by more than allowed; names each.
         UsageError: A tolerance names no metric.
     """
-    file = baseline / RESULTS if baseline.is_dir() else baseline
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read the baseline {file}: {error}", hint="Give the results.json of an eval."
-        ) from error
-    if not isinstance(before, dict) or before.get("schema") != scoring.SCHEMA:
-        raise InputError(f"{file} is not a {scoring.SCHEMA} document", hint="Give the results.json of an eval.")
+    before = read_baseline(baseline)
     now = artifact.read_json(RESULTS)
     if before["protocol"] != now["protocol"]:
         raise InputError(
@@ -155,9 +147,28 @@ def check_baseline(artifact: Artifact, baseline: Path, *, tolerance: Mapping[str
     if found:
         lines = "".join(f"\n  {fall}" for fall in found)
         raise RegressionError(
-            f"{len(found)} of {len(before['metrics'])} metrics fell below {file}:{lines}",
+            f"{len(found)} of {len(before['metrics'])} metrics fell below {baseline}:{lines}",
             hint="Allow a fall with --tolerance METRIC=POINTS, or find what changed (gmail eval --dry-run).",
         )
+
+
+def read_baseline(baseline: Path) -> dict[str, Any]:
+    """The ``results.json`` of an earlier evaluation, or of its artifact's folder.
+
+    Raises:
+        InputError: It cannot be read, or is something else.
+    """
+    file = baseline / RESULTS if baseline.is_dir() else baseline
+    hint = "Give the results.json of an eval."
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the baseline {file}: {error.strerror}", hint=hint) from error
+    except ValueError as error:
+        raise InputError(f"the baseline {file} is not JSON: {error}", hint=hint) from error
+    if not isinstance(found, dict) or found.get("schema") != scoring.SCHEMA:
+        raise InputError(f"{file} is not a {scoring.SCHEMA} document", hint=hint)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

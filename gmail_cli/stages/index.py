@@ -142,11 +142,16 @@ def search(artifact: Artifact, query: str, *, k: int, table: str | None = None) 
     """The ``k`` rows nearest to a text, through the text tower that belongs to the index.
 
     Raises:
-        InputError: The index is damaged, or its CLIP is no longer what it was.
-        UsageError: The artifact has no index of that name.
+        InputError: Not an index, or it is damaged, or its CLIP is no longer what it was.
+        UsageError: The query is empty, or the artifact has no index of that name.
     """
     from gmail_cli.components.encoders import load_clip
 
+    if artifact.stage != "index":
+        hint = "Give a folder made by `gmail index`, such as runs/tiny/index/latest."
+        raise InputError(f"{artifact.path} was made by `gmail {artifact.stage}`", hint=hint)
+    if not query.strip():
+        raise UsageError(f"the query {query!r} is empty", hint='Say what to look for: "a red car on snow".')
     about = artifact.read_json(INDEX)
     name = _table_name(about, table)
     clip = load_clip(about["model"]["clip"], revision=about["model"]["revision"])

@@ -106,7 +106,8 @@ def read(
             hint="Repair them, or leave them out with --on-bad skip.",
         )
     if not dataset.images:
-        raise InputError(f"no usable record in {source}" + "".join(f"\n  {line}" for line in bad[:SHOWN]))
+        hint = "Name a file of captions, or a folder of images or of .parquet or .tar shards."
+        raise InputError(f"no usable record in {source}" + "".join(f"\n  {line}" for line in bad[:SHOWN]), hint=hint)
     if need_images and not dataset.has_images:
         raise InputError(f"{source} carries no images", hint="Name the folder that holds the image files.")
     return replace(dataset, class_names=_scene_classes() if scenes else dataset.class_names, skipped=tuple(bad))
@@ -121,6 +122,9 @@ def _scene_classes() -> tuple[str, ...]:
 def _check_arguments(
     source: str, *, scenes: bool, name: Format, limit: int | None, holdout: tuple[Part, float, int] | None
 ) -> None:
+    if not source.strip():
+        hint = "Name a captions file, a folder, shards, or scenes:train (the built-in world)."
+        raise UsageError(f"the captions' path {source!r} is empty", hint=hint)
     if name != "auto" and (name == "scenes") != scenes:
         raise UsageError(f"{source} is not of format {name!r}", hint="Leave the format to auto.")
     if limit is not None and limit < 1:
