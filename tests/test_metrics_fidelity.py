@@ -87,6 +87,21 @@ def test_a_set_against_itself_is_faithful_and_covered(seed: int, dtype: type) ->
     assert manifold_metrics(real, generated=real.copy(), k=3) == Manifolds(precision=1, recall=1, density=1, coverage=1)
 
 
+def test_rounding_breaks_no_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest fellow of half the images is one hub, on the rim of their balls.
+
+    In the real set the hub is a tile of its own, a matrix-vector product, whose last bits differ from those of the
+    matrix product it is part of in the generated set.
+    """
+    monkeypatch.setattr(fidelity, "_TILE_ROWS", 100)
+    directions = np.random.default_rng(0).normal(size=(100, 97))
+    directions[:50] += 10
+    hub = directions[:50].mean(axis=0, keepdims=True)
+    real = np.concatenate([directions, hub])
+    found = manifold_metrics(real, generated=real[::-1], k=1)
+    assert found == Manifolds(precision=1, recall=1, density=1, coverage=1)
+
+
 def test_copies_lie_in_balls_without_extent() -> None:
     """A collapsed set: every distance is 0, however a matrix product rounds it."""
     vector = np.random.default_rng(0).normal(size=(1, 97)).astype(np.float32)
