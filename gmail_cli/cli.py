@@ -1,15 +1,14 @@
-"""The command line: thin commands over :mod:`gmail_cli.plan`; the only module that prints or chooses an exit code.
+"""The command line: thin commands over :mod:`gmail_cli.plan`; the only module that chooses an exit code.
 
 Results (an artifact's path, or one JSON object with ``--json``) go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gmail_cli import __version__
+from gmail_cli.cli_score import app as score_app
 from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
+from gmail_cli.progress import Progress
 
 if TYPE_CHECKING:
     from gmail_cli.artifacts import Artifact, Workspace
@@ -36,6 +37,7 @@ profile_app = typer.Typer(help="List, show, check and describe profiles.", no_ar
 artifacts_app = typer.Typer(
     help="List, show, verify and clean up artifacts.", no_args_is_help=True, rich_markup_mode=None
 )
+app.add_typer(score_app, name="score")
 app.add_typer(profile_app, name="profile")
 app.add_typer(artifacts_app, name="artifacts")
 
@@ -289,7 +291,7 @@ def run_(
     if dry_run:
         context.print_plan(plan.steps(loaded, space, stages=loaded.stages))
         return
-    with _Progress() as progress:
+    with Progress() as progress:
         made = plan.execute(loaded, space, stages=loaded.stages, progress=progress.task, on_done=_announce)
     if as_json:
         typer.echo(json.dumps({stage: _describe(artifact) for stage, artifact in made.items()}, indent=1))
@@ -546,7 +548,7 @@ def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | No
     if context.dry_run:
         context.print_plan(plan.steps(profile, space, stages=[name], given=found))
         return None
-    with _Progress() as progress:
+    with Progress() as progress:
         made = plan.execute(profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce)
     artifact = made[name]
     typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
@@ -616,57 +618,6 @@ def _workspaces(root: Path, run: str | None) -> Iterator[Workspace]:
     for path in sorted(root.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
             yield Workspace(root, path.name)
-
-
-class _Progress:
-    """Progress bars on stderr: live on a terminal, a line every ten seconds elsewhere."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
-        if self._console.is_terminal:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            with contextlib.suppress(Exception):
-                self._bars.stop()
-
-    def task(self, description: str) -> Callable[[int, int], None]:
-        """A callback (done, total) that moves one bar."""
-        import time
-
-        if self._console.is_terminal:
-            task = self._bars.add_task(description, total=None)
-            return lambda done, total: self._bars.update(task, completed=done, total=total)
-        last = time.monotonic()
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= 10:
-                last = time.monotonic()
-                _say(f"{description}: {done}/{total}")
-
-        return line
 
 
 def _fail(error: GmailError) -> NoReturn:

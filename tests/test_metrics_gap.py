@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
+from gmail_cli.components.metrics import gap
 from gmail_cli.components.metrics.gap import (
     centroid_cosine,
     centroid_distance,
+    covariance_distance,
     frechet_distance,
     linear_separability,
     maximum_mean_discrepancy,
@@ -38,6 +40,36 @@ def test_cosines_worked_by_hand() -> None:
     assert centroid_cosine(real, generated=generated) == pytest.approx(
         (0.25 + 3) / ((0.25 + 1) ** 0.5 * (0.25 + 9) ** 0.5)
     )
+
+
+def test_sets_that_are_no_pairs_are_compared_all_with_all() -> None:
+    real, generated = np.array([[1.0, 0], [0, 2]]), np.array([[1.0, 1], [0, 5], [0, 1]])
+    # Real 0: sqrt(1/2), 0, 0; real 1: sqrt(1/2), 1, 1.
+    found = unpaired_cosine(real, generated=generated, paired=False)
+    assert found == pytest.approx((2 * 0.5**0.5 + 2) / 6)
+
+
+def test_the_covariance_distance_worked_by_hand() -> None:
+    square = np.array([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * (3 / 4) ** 0.5  # unit covariance
+    # diag(1, 4) against diag(9, 4): |8, 0|. The mean plays no part.
+    assert covariance_distance(square * [1, 2], generated=square * [3, 2] + 5) == pytest.approx(8)
+    real, generated = clouds(0, rows=50)
+    expected = ((np.cov(real, rowvar=False) - np.cov(generated, rowvar=False)) ** 2).sum() ** 0.5
+    assert covariance_distance(real, generated=generated) == pytest.approx(expected)
+
+
+def test_blocks_change_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, generated = clouds(5, rows=50, shift=0.2)
+    metrics = (paired_cosine, unpaired_cosine, covariance_distance)
+    whole = [metric(real, generated=generated) for metric in metrics]  # type: ignore[operator]
+    distance = frechet_distance(real, generated=generated).distance
+    monkeypatch.setattr(gap, "_BLOCK_ROWS", 7)
+    for metric, expected in zip(metrics, whole, strict=True):
+        assert metric(real, generated=generated) == pytest.approx(expected)  # type: ignore[operator]
+    assert frechet_distance(real, generated=generated).distance == pytest.approx(distance)
+    generated[33] = 0
+    with pytest.raises(InputError, match="vector 33 has length zero"):
+        paired_cosine(real, generated=generated)
 
 
 def test_the_frechet_distance_of_known_gaussians() -> None:
@@ -125,6 +157,7 @@ def test_gaps_are_in_range_and_ignore_order_and_leave_inputs_alone(seed: int, sh
         (lambda r, g: centroid_distance(r, generated=g), 0, np.inf),
         (lambda r, g: centroid_cosine(r, generated=g), -1, 1),
         (lambda r, g: frechet_distance(r, generated=g).distance, 0, np.inf),
+        (lambda r, g: covariance_distance(r, generated=g), 0, np.inf),
         (lambda r, g: maximum_mean_discrepancy(r, generated=g), -2, 2),
         (lambda r, g: neighbour_separability(r, generated=g), 0, 1),
     ):
@@ -139,6 +172,7 @@ def test_equal_sets_have_no_gap() -> None:
     real, _ = clouds(3)
     assert paired_cosine(real, generated=real) == pytest.approx(np.ones(60))
     assert centroid_distance(real, generated=real) == 0
+    assert covariance_distance(real, generated=real) == 0
     assert frechet_distance(real, generated=real).distance == pytest.approx(0, abs=1e-6)
 
 

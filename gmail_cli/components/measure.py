@@ -67,16 +67,30 @@ def retrieval(images: Table, *, texts: Table, ks: Sequence[int], true_recall: bo
         )
         found.ranks[kind], found.rows[kind] = ranks, rows
         prefix = "" if kind == "short" else "long_"
-        for direction in DIRECTIONS:
-            one: Ranks = getattr(ranks, direction)
-            mean = partial(Scores.mean, groups=one.image)
-            for k in ks:
-                found.scores[f"{prefix}{direction}_recall_at_{k}"] = mean(one.hits(k))
-            if true_recall:
-                for k in ks:
-                    found.scores[f"{prefix}{direction}_true_recall_at_{k}"] = mean(one.true_recall(k))
-            found.scores[f"{prefix}{direction}_mean_reciprocal_rank"] = mean(one.reciprocal_rank())
+        scores = ranked(ranks, ks=ks, true_recall=true_recall)
+        found.scores.update({f"{prefix}{name}": score for name, score in scores.items()})
     return found
+
+
+def ranked(ranks: RetrievalRanks, *, ks: Sequence[int], true_recall: bool = False) -> dict[str, Scores]:
+    """Recalls, on request true recalls, and mean reciprocal rank of both directions.
+
+    Args:
+        ranks: With all positives ranked when ``true_recall``.
+        ks: The k of recall@k.
+        true_recall: Also the share of all right answers among the first k.
+    """
+    scores: dict[str, Scores] = {}
+    for direction in DIRECTIONS:
+        one: Ranks = getattr(ranks, direction)
+        mean = partial(Scores.mean, groups=one.image)
+        for k in ks:
+            scores[f"{direction}_recall_at_{k}"] = mean(one.hits(k))
+        if true_recall:
+            for k in ks:
+                scores[f"{direction}_true_recall_at_{k}"] = mean(one.true_recall(k))
+        scores[f"{direction}_mean_reciprocal_rank"] = mean(one.reciprocal_rank())
+    return scores
 
 
 def names_classes(texts: Table) -> bool:

@@ -1,5 +1,5 @@
-"""Retrieval, captioning, classification and modality-gap metrics, and the intervals around them.
+"""Retrieval, captioning, classification, modality-gap and fidelity metrics, and the intervals around them.
 
 Arrays and strings in, plain numbers and per-query arrays out. Import the module that is needed:
-``retrieval``, ``captioning``, ``classification``, ``gap``, ``intervals``.
+``retrieval``, ``captioning``, ``classification``, ``gap``, ``fidelity``, ``intervals``.
 """

@@ -8,6 +8,7 @@ small gap alone proves nothing (a collapsed encoder has none), so show these bes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ from jaxtyping import Float, Int
 
 from gmail_cli.components.metrics.classification import classify, neighbour_scores
 from gmail_cli.errors import InputError
+
+_BLOCK_ROWS = 4096  # converted to fp64 at once, so that memory does not grow with a table's rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +54,37 @@ def paired_cosine(
         InputError: If the tables are not paired row by row, are not finite, or hold a zero vector.
     """
     _check(real, generated, paired=True)
-    return (_unit(real) * _unit(generated)).sum(axis=1)
+    return np.concatenate(
+        [
+            (_unit(real[rows], first=rows.start) * _unit(generated[rows], first=rows.start)).sum(axis=1)
+            for rows in _blocks(len(real))
+        ]
+    )
 
 
-def unpaired_cosine(real: Float[np.ndarray, "pairs dim"], *, generated: Float[np.ndarray, "pairs dim"]) -> float:
-    """Mean cosine over all pairs of *different* captions: what paired cosine must exceed to mean anything."""
-    _check(real, generated, paired=True)
-    if len(real) < 2:
+def unpaired_cosine(
+    real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"], paired: bool = True
+) -> float:
+    """Mean cosine over all pairs of *different* captions: what paired cosine must exceed to mean anything.
+
+    Args:
+        paired: Row i of both sets belongs to one caption, and is left out. Otherwise every row of one set is
+            compared with every row of the other.
+
+    Raises:
+        InputError: If ``paired`` and the sets have different lengths or a single row; as :func:`paired_cosine`.
+    """
+    _check(real, generated, paired=paired)
+    if paired and len(real) < 2:
         raise InputError("one pair has no unpaired cosine", hint="Give at least two pairs.")
-    a, b = _unit(real), _unit(generated)
-    total = float(a.sum(axis=0) @ b.sum(axis=0)) - float((a * b).sum())
-    return total / (len(a) * (len(a) - 1))
+    sums = [
+        np.sum([_unit(vectors[rows], first=rows.start).sum(axis=0) for rows in _blocks(len(vectors))], axis=0)
+        for vectors in (real, generated)
+    ]
+    total = float(sums[0] @ sums[1])
+    if not paired:
+        return total / (len(real) * len(generated))
+    return (total - float(paired_cosine(real, generated=generated).sum())) / (len(real) * (len(real) - 1))
 
 
 def centroid_distance(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> float:
@@ -88,16 +111,24 @@ def frechet_distance(real: Float[np.ndarray, "r dim"], *, generated: Float[np.nd
         InputError: If a set has fewer than two rows.
     """
     _check(real, generated)
-    if min(len(real), len(generated)) < 2:
-        raise InputError("a covariance needs at least two rows", hint="Give more images.")
-    a, b = real.astype(np.float64), generated.astype(np.float64)
-    shift = a.mean(axis=0) - b.mean(axis=0)
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
+    mean_a, cov_a = _moments(real)
+    mean_b, cov_b = _moments(generated)
+    shift = mean_a - mean_b
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
     distance = float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
     return FrechetDistance(distance=max(distance, 0.0), real_samples=len(real), generated_samples=len(generated))
+
+
+def covariance_distance(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> float:
+    """Frobenius norm of the difference between the two sample covariances, in fp64.
+
+    Raises:
+        InputError: If a set has fewer than two rows.
+    """
+    _check(real, generated)
+    return float(np.linalg.norm(_moments(real)[1] - _moments(generated)[1]))
 
 
 def maximum_mean_discrepancy(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> float:
@@ -113,7 +144,7 @@ def maximum_mean_discrepancy(real: Float[np.ndarray, "r dim"], *, generated: Flo
     if min(len(real), len(generated)) < 2:
         raise InputError("MMD needs at least two rows of each set", hint="Give more images.")
     a, b = real.astype(np.float64), generated.astype(np.float64)
-    sample = np.concatenate([a[_spread(len(a), 1000)], b[_spread(len(b), 1000)]])
+    sample = np.concatenate([a[evenly_spaced(len(a), limit=1000)], b[evenly_spaced(len(b), limit=1000)]])
     upper = np.triu_indices(len(sample), k=1)
     width = float(np.median(_squared_distances(sample, sample)[upper]))
     if width <= 0:
@@ -295,16 +326,33 @@ def _squared_distances(x: Float[np.ndarray, "n dim"], y: Float[np.ndarray, "m di
     return np.maximum(squares, 0, out=squares)
 
 
-def _spread(rows: int, limit: int) -> Int[np.ndarray, " n"]:
+def evenly_spaced(rows: int, *, limit: int) -> Int[np.ndarray, " n"]:
+    """At most ``limit`` of the row numbers 0 .. ``rows`` - 1, the first and the last among them."""
     return np.unique(np.linspace(0, rows - 1, min(rows, limit)).astype(np.int64))
 
 
-def _unit(vectors: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "n dim"]:
+def _moments(vectors: Float[np.ndarray, "n dim"]) -> tuple[Float[np.ndarray, " dim"], Float[np.ndarray, "dim dim"]]:
+    """Mean and sample covariance, in fp64."""
+    if len(vectors) < 2:
+        raise InputError("a covariance needs at least two rows", hint="Give more images.")
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    scatter = np.zeros((vectors.shape[1], vectors.shape[1]))
+    for rows in _blocks(len(vectors)):
+        centred = vectors[rows] - mean
+        scatter += centred.T @ centred
+    return mean, scatter / (len(vectors) - 1)
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + _BLOCK_ROWS, rows)) for start in range(0, rows, _BLOCK_ROWS))
+
+
+def _unit(vectors: Float[np.ndarray, "n dim"], *, first: int = 0) -> Float[np.ndarray, "n dim"]:
     vectors = vectors.astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (lengths < 1e-12).any():
         raise InputError(
-            f"vector {int(np.argmin(lengths))} has length zero and so no direction",
+            f"vector {first + int(np.argmin(lengths))} has length zero and so no direction",
             hint="Check the encoder's output.",
         )
     return vectors / lengths

@@ -1,0 +1,124 @@
+"""The ``gmail score`` commands: thin, over :mod:`gmail_cli.stages.score`. They print a table, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gmail_cli.progress import Progress
+
+if TYPE_CHECKING:
+    from gmail_cli.stages.score import Scored
+
+app = typer.Typer(
+    help="Score what others made, from files alone: captions, embeddings, features.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+class Meteor(str, Enum):
+    """When METEOR is computed."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+RealOption = Annotated[Path, typer.Option("--real", metavar="NPY", help="Real images, one row each.")]
+GeneratedOption = Annotated[
+    Path, typer.Option("--generated", metavar="NPY", help="Generated images, one row each, by the same encoder.")
+]
+
+
+@app.command()
+def captions(
+    references: Annotated[Path, typer.Option(metavar="JSON", help="Reference captions in COCO's format.")],
+    results: Annotated[
+        Path, typer.Option(metavar="JSON", help="COCO results: a list of image_id and caption, one per image.")
+    ],
+    meteor: Annotated[
+        Meteor, typer.Option(help="METEOR needs Java and pycocoevalcap; auto leaves it out without.")
+    ] = Meteor.AUTO,
+    as_json: JsonOption = False,
+) -> None:
+    """BLEU, METEOR, ROUGE-L and CIDEr of one caption per image, as the COCO evaluation defines them."""
+    from gmail_cli.stages import score
+
+    _show(score.captions(references, results=results, meteor=meteor.value), as_json=as_json)
+
+
+@app.command()
+def retrieval(
+    images: Annotated[Path, typer.Option(metavar="NPY", help="Image embeddings, one row each.")],
+    texts: Annotated[Path, typer.Option(metavar="NPY", help="Text embeddings, one row each.")],
+    owners: Annotated[Path, typer.Option(metavar="NPY", help="Integers: for each text the row of its image.")],
+    true_recall: Annotated[
+        bool, typer.Option("--true-recall", help="Also the share of all right answers among the first k.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Recall at 1, 5, 10 and ranks by cosine, both ways: exact, any hit counts, ties at their expectation."""
+    from gmail_cli.stages import score
+
+    with Progress() as progress:
+        ticks = progress.task("retrieval")
+        found = score.retrieval(images, texts=texts, owners=owners, true_recall=true_recall, progress=ticks)
+    _show(found, as_json=as_json)
+
+
+@app.command()
+def fidelity(
+    real: RealOption,
+    generated: GeneratedOption,
+    neighbours: Annotated[
+        int, typer.Option(min=1, metavar="K", help="k of precision, recall, density and coverage.")
+    ] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Frechet and kernel distance, precision, recall, density, coverage, Vendi score of a generated set."""
+    from gmail_cli.stages import score
+
+    with Progress() as progress:
+        ticks = progress.task("neighbours")
+        found = score.fidelity(real, generated=generated, neighbours=neighbours, progress=ticks)
+    _show(found, as_json=as_json)
+
+
+@app.command()
+def gap(real: RealOption, generated: GeneratedOption, as_json: JsonOption = False) -> None:
+    """Modality gap: paired and centroid cosine, distances, separability; equally long files are taken as pairs."""
+    from gmail_cli.stages import score
+
+    _show(score.gap(real, generated=generated), as_json=as_json)
+
+
+def _show(found: Scored, *, as_json: bool) -> None:
+    document = found.document()
+    if as_json:
+        typer.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+        return
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found.n.items())
+    typer.echo(f"{found.protocol}: {counts}")
+    width = max(map(len, found.metrics))
+    for name, value in found.metrics.items():
+        bounds = "".join(f"  {_number(bound):>9}" for bound in found.intervals.get(name, ()))
+        typer.echo(f"  {name:{width}}  {_number(value):>9}{bounds}")
+    if found.intervals:
+        bootstrap = document["bootstrap"]
+        typer.echo(f"right: {bootstrap['confidence']:.0%} interval, {bootstrap['resamples']} resamples by image")
+    for name, setting in found.settings.items():
+        typer.echo(f"{name}: {setting if isinstance(setting, str) else json.dumps(setting)}")
+    for name, why in found.left_out.items():
+        typer.echo(f"{name} left out: {' '.join(why.split())}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 0.001 or not value else f"{value:.2e}"

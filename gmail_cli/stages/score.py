@@ -1,0 +1,315 @@
+"""``gmail score``: score what others made, from their files alone; no profile, no artifact, nothing written.
+
+Each function reads files, measures, and returns a :class:`Scored`: the numbers beside what is needed to compare them
+with others. Intervals are percentile intervals of a bootstrap by image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from gmail_cli.components import exchange, measure
+from gmail_cli.components.metrics import gap as gaps
+from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
+from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
+from gmail_cli.components.metrics.retrieval import KS, retrieval_ranks
+from gmail_cli.components.scores import Scores
+from gmail_cli.errors import InputError
+
+SCHEMA = "gmail.score/1"
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+COMPARED_ROWS = 10_000
+"""Rows of each set at most behind measures whose cost grows with the square of the rows."""
+FEWEST_FOR_SEPARABILITY = 10
+
+SPICE = (
+    "SPICE needs the Stanford CoreNLP models, which pycocoevalcap downloads when it first runs; they are not part of "
+    "this package"
+)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What one ``gmail score`` command found.
+
+    Attributes:
+        protocol: Name and version of what was measured and how.
+        n: Counts of what was scored.
+        metrics: Full name -> fraction, or distance; CIDEr on its 0-10 scale.
+        intervals: Full name -> (low, high), where an interval by image is defined.
+        settings: What else the numbers depend on.
+        left_out: Metric -> why it is not there.
+        notes: What to know when comparing the numbers.
+    """
+
+    protocol: str
+    n: dict[str, int]
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        bootstrap = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "unit": "image"} if self.intervals else {}
+        return {
+            "schema": SCHEMA,
+            "protocol": self.protocol,
+            "n": self.n,
+            "metrics": self.metrics,
+            "intervals": {name: list(bounds) for name, bounds in self.intervals.items()},
+            "bootstrap": bootstrap,
+            "settings": self.settings,
+            "left_out": self.left_out,
+            "notes": list(self.notes),
+        }
+
+
+def captions(references: Path, *, results: Path, meteor: Literal["auto", "on", "off"] = "auto") -> Scored:
+    """BLEU, METEOR, ROUGE-L and CIDEr of one caption per image, as the COCO evaluation defines them.
+
+    Args:
+        references: COCO captions file. Images of it without captions are not scored.
+        results: COCO results file with exactly one caption for each other image.
+        meteor: ``auto`` takes METEOR where Java can run it.
+
+    Raises:
+        InputError: A file is unreadable or bad, or the two are not of the same images.
+        SetupError: ``meteor`` is ``on`` and this machine cannot compute it.
+    """
+    truths = exchange.read_references(references)
+    scored = {image: texts for image, texts in truths.items() if texts}
+    if not scored:
+        raise InputError(f"{references} holds no caption", hint="Use the captions_*.json file of the set.")
+    hypotheses = exchange.read_results(results, references=scored)
+    scores, found = measure.captions(scored, predictions=hypotheses, meteor=meteor)
+    left_out = dict(found.absent)
+    if meteor == "off":
+        left_out["meteor"] = "not asked for"
+    notes = ["cider takes its document frequencies from these references: compare only on the same images"]
+    if empty := sum(not text.strip() for text in hypotheses.values()):
+        notes.append(f"{empty} images have an empty caption, which scores 0")
+    if len(scored) == 1:
+        notes.append("cider of a single image is 0 by definition")
+    return Scored(
+        protocol="score-captions/1",
+        n={
+            "images": len(scored),
+            "references": sum(map(len, scored.values())),
+            "images_without_references": len(truths) - len(scored),
+        },
+        metrics=_values(scores),
+        intervals=_intervals(scores),
+        settings={"tokens": "Penn Treebank, as pycocoevalcap's", "cider": "CIDEr-D, sigma 6, 0 to 10"},
+        left_out={**left_out, "spice": SPICE},
+        notes=tuple(notes),
+    )
+
+
+def retrieval(
+    images: Path, *, texts: Path, owners: Path, true_recall: bool = False, progress: Progress | None = None
+) -> Scored:
+    """Text-to-image and image-to-text retrieval by cosine, exact, with ties at their expectation.
+
+    Args:
+        images: ``.npy``, one row per image.
+        texts: ``.npy``, one row per text.
+        owners: ``.npy`` of integers: for each text the row of its image.
+        true_recall: Also the share of all right answers among the first k.
+
+    Raises:
+        InputError: A file is unreadable or bad, a row has length zero, or the three do not fit each other.
+    """
+    image_rows, text_rows = exchange.read_features(images), exchange.read_features(texts)
+    _same_dimension(image_rows, text_rows, images, texts)
+    lengths = {"images": exchange.norm_range(image_rows), "texts": exchange.norm_range(text_rows)}
+    ranks = retrieval_ranks(
+        exchange.unit_rows(image_rows, name=str(images)),
+        texts=exchange.unit_rows(text_rows, name=str(texts)),
+        owners=exchange.read_array(owners),
+        all_positives=true_recall,
+        progress=progress,
+    )
+    scores = measure.ranked(ranks, ks=KS, true_recall=true_recall)
+    for direction in measure.DIRECTIONS:
+        one = getattr(ranks, direction)
+        scores[f"{direction}_mean_rank"] = Scores.mean(one.expected_rank(), groups=one.image)
+        median = float(np.median(one.expected_rank()))
+        scores[f"{direction}_median_rank"] = Scores.whole(median, queries=len(one.query))
+    notes = []
+    if ranks.images_without_captions:
+        notes.append(
+            f"{ranks.images_without_captions} images have no text: they are candidates for texts, and no queries"
+        )
+    return Scored(
+        protocol="score-retrieval/1",
+        n={
+            "images": len(image_rows),
+            "texts": len(text_rows),
+            "image_queries": len(ranks.image_to_text.query),
+            "images_without_text": ranks.images_without_captions,
+        },
+        metrics=_values(scores),
+        intervals=_intervals(scores),
+        settings={
+            "similarity": "cosine; rows were normalised in float32",
+            "norms_before": {name: list(bounds) for name, bounds in lengths.items()},
+            "dim": image_rows.shape[1],
+            "hit": "any right answer among the first k",
+            "ties": "expectation under random order",
+        },
+        notes=tuple(notes),
+    )
+
+
+def fidelity(real: Path, *, generated: Path, neighbours: int = 5, progress: Progress | None = None) -> Scored:
+    """Frechet and kernel distance, precision, recall, density, coverage and Vendi score of a generated set.
+
+    Args:
+        real: ``.npy`` of features of real images.
+        generated: ``.npy`` of features of generated images, by the same encoder.
+        neighbours: k of precision, recall, density and coverage.
+
+    Raises:
+        InputError: A file is unreadable or bad, or the two do not fit each other.
+    """
+    a, b = _pair(real, generated)
+    frechet = frechet_distance(a, generated=b)
+    manifolds = manifold_metrics(a, generated=b, k=neighbours, progress=progress)
+    kernel = kernel_distance(a, generated=b)
+    fewer, dim = min(len(a), len(b)), a.shape[1]
+    notes = [
+        _frechet_note(a, b),
+        "features are used as given; the encoder they come from decides what the distances mean",
+    ]
+    if fewer <= dim:
+        notes.append(f"{fewer} rows in {dim} dimensions: a covariance is singular, and frechet_distance mostly bias")
+    return Scored(
+        protocol="score-fidelity/1",
+        n={"real": len(a), "generated": len(b)},
+        metrics={
+            "frechet_distance": frechet.distance,
+            "kernel_distance": kernel.distance,
+            "precision": manifolds.precision,
+            "recall": manifolds.recall,
+            "density": manifolds.density,
+            "coverage": manifolds.coverage,
+            "vendi_score": vendi_score(b),
+            "real_vendi_score": vendi_score(a),
+        },
+        settings={
+            "dim": dim,
+            "neighbours": neighbours,
+            "kernel": "(x . y / d + 1)^3, unbiased",
+            "kernel_subsets": kernel.subsets,
+            "kernel_subset_size": kernel.subset_size,
+            "kernel_standard_deviation": kernel.standard_deviation,
+            "kernel_seed": 0,
+            "vendi": "order 1, cosine; vendi_score is of the generated set",
+        },
+        notes=tuple(notes),
+    )
+
+
+def gap(real: Path, *, generated: Path) -> Scored:
+    """How far generated images lie from real ones in embedding space; row by row where the sets are equally long.
+
+    Raises:
+        InputError: A file is unreadable or bad, or the two do not fit each other.
+    """
+    a, b = _pair(real, generated)
+    paired = len(a) == len(b)
+    scores: dict[str, Scores] = {}
+    left_out: dict[str, str] = {}
+    if paired:
+        scores["paired_cosine"] = Scores.mean(gaps.paired_cosine(a, generated=b), groups=np.arange(len(a)))
+    else:
+        left_out["paired_cosine"] = f"{len(a)} real and {len(b)} generated rows are no pairs"
+    metrics = {
+        "unpaired_cosine": gaps.unpaired_cosine(a, generated=b, paired=paired),
+        "centroid_cosine": gaps.centroid_cosine(a, generated=b),
+        "centroid_distance": gaps.centroid_distance(a, generated=b),
+        "covariance_distance": gaps.covariance_distance(a, generated=b),
+        "frechet_distance": frechet_distance(a, generated=b).distance,
+    }
+    compared = min(len(a), len(b), COMPARED_ROWS)
+    x, y = (rows[evenly_spaced(len(rows), limit=compared)] for rows in (a, b))
+    try:
+        metrics["maximum_mean_discrepancy"] = gaps.maximum_mean_discrepancy(x, generated=y)
+    except InputError as error:
+        left_out["maximum_mean_discrepancy"] = error.message
+    if compared >= FEWEST_FOR_SEPARABILITY:
+        metrics["linear_separability"] = gaps.linear_separability(x, generated=y)
+        metrics["neighbour_separability"] = gaps.neighbour_separability(x, generated=y)
+    else:
+        why = f"{compared} rows of each set are fewer than {FEWEST_FOR_SEPARABILITY}"
+        left_out |= {"linear_separability": why, "neighbour_separability": why}
+    lengths = {"real": exchange.norm_range(a), "generated": exchange.norm_range(b)}
+    notes = [
+        _frechet_note(a, b),
+        "a small gap alone proves nothing, a collapsed encoder has none: read it beside task metrics",
+    ]
+    if paired:
+        notes.append("the files are equally long, so row i of both is taken as one pair; unpaired_cosine leaves it out")
+    if any(abs(bound - 1) > 1e-3 for bounds in lengths.values() for bound in bounds):
+        notes.append("rows are not all of unit length: the distances and covariances are of the rows as given")
+    return Scored(
+        protocol="score-gap/1",
+        n={"real": len(a), "generated": len(b)},
+        metrics={**_values(scores), **metrics},
+        intervals=_intervals(scores),
+        settings={
+            "dim": a.shape[1],
+            "rows_are_pairs": paired,
+            "norms": {name: list(bounds) for name, bounds in lengths.items()},
+            "compared_rows": compared,
+            "compared_rows_of": "maximum_mean_discrepancy and separabilities, evenly spaced, of each set",
+            "maximum_mean_discrepancy": "Gaussian kernel, median width, squared, unbiased",
+            "linear_separability": "balanced accuracy, ridge probe, 5 folds",
+            "neighbour_separability": "balanced accuracy, 5 neighbours by cosine",
+        },
+        left_out=left_out,
+        notes=tuple(notes),
+    )
+
+
+def _values(scores: Mapping[str, Scores]) -> dict[str, float]:
+    return {name: score.value for name, score in scores.items()}
+
+
+def _intervals(scores: Mapping[str, Scores]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, score in scores.items():
+        low, high = score.interval(draws=RESAMPLES, level=CONFIDENCE)
+        if low is not None and high is not None:
+            found[name] = low, high
+    return found
+
+
+def _frechet_note(a: np.ndarray, b: np.ndarray) -> str:
+    fewer, dim = min(len(a), len(b)), a.shape[1]
+    return f"frechet_distance has a bias of about d^2 / (2 N), here d = {dim} and N = {fewer}: compare only at equal N"
+
+
+def _pair(real: Path, generated: Path) -> tuple[Float[np.ndarray, "r dim"], Float[np.ndarray, "g dim"]]:
+    a, b = exchange.read_features(real), exchange.read_features(generated)
+    _same_dimension(a, b, real, generated)
+    return a, b
+
+
+def _same_dimension(a: np.ndarray, b: np.ndarray, first: Path, second: Path) -> None:
+    if a.shape[1] != b.shape[1]:
+        raise InputError(
+            f"{first} has {a.shape[1]} dimensions, {second} has {b.shape[1]}",
+            hint="Embed both with the same encoder.",
+        )
