@@ -81,7 +81,9 @@ def pages() -> list[str]:
 def blocks() -> Iterator[Block]:
     for page in pages():
         text = (ROOT / page).read_text(encoding="utf-8")
-        for found in re.finditer(r"(?:^<!-- ([^\n]*) -->\n\n?)?^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for found in re.finditer(
+            r"(?:^<!-- ([^\n]*) -->\n\n?)?^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+        ):
             line = text.count("\n", 0, found.start(2)) + 1
             yield Block(page, line, found[1] or "", found[2])
 
