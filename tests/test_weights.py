@@ -12,7 +12,7 @@ import torch
 
 import gmail_cli
 from gmail_cli.components.generative import next_token_loss, reconstruction_psnr
-from gmail_cli.components.scenes import captions, long_caption, render, sample_scene
+from gmail_cli.components.scenes import CLASS_NAMES, captions, long_caption, render, sample_scene
 
 WEIGHTS = Path(gmail_cli.__file__).parent / "weights" / "tiny"
 TEXTS = ["A red ball on the left.", "Zebra, quartz & Ünïcode 漢字!", "", "many words " * 60]
@@ -57,7 +57,7 @@ def test_all_weights_are_small_and_come_with_their_provenance() -> None:
     assert max(path.stat().st_size for path in files) < 8e6
     for name in ("clip", "pipeline", "lm"):
         record = json.loads((WEIGHTS / name / "provenance.json").read_text(encoding="utf-8"))
-        assert record["commands"], name
+        assert all(run["command"].startswith("gmail train --profile tiny-") for run in record["training"]), name
         assert record["metrics"], name
     for path in files:
         if path.suffix == ".json":
@@ -74,8 +74,20 @@ def test_clip_finds_held_out_scenes_by_their_captions(clip, scenes) -> None:
         words = model.encode_text(tokenizer(texts), normalize=True)
     scores = (words @ images.T).numpy()
     ranks = (scores > scores.diagonal()[:, None]).sum(axis=1)
-    assert (ranks < 1).mean() > 0.7, "0.87 when it was shipped"
-    assert (ranks < 5).mean() > 0.95
+    assert (ranks < 1).mean() > 0.85, "0.96 when it was shipped"
+    assert (ranks < 5).mean() > 0.98
+
+
+def test_clip_knows_the_classes_of_held_out_scenes(clip, scenes) -> None:
+    from PIL import Image
+
+    model, preprocess, tokenizer = clip
+    with torch.inference_mode():
+        pixels = torch.stack([preprocess(Image.fromarray(one)) for one in scenes[0]])
+        images = model.encode_image(pixels, normalize=True)
+        names = model.encode_text(tokenizer([f"a photo of a {name}." for name in CLASS_NAMES]), normalize=True)
+    labels = torch.tensor([CLASS_NAMES.index(sample_scene("test", row).label) for row in range(TEST_SCENES)])
+    assert ((images @ names.T).argmax(dim=1) == labels).float().mean() > 0.65, "0.785 of 1,000 when it was shipped"
 
 
 def test_tokenizers_of_open_clip_pipeline_and_language_model_agree(clip, pipeline) -> None:
