@@ -55,6 +55,9 @@ resamples = 100
 """
 
 
+CONSOLE = re.compile(r"(?:^<!-- ([^\n]*) -->\n\n?)?^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Block:
     """A console block: where it stands, the comment before it, its text."""
@@ -81,9 +84,7 @@ def pages() -> list[str]:
 def blocks() -> Iterator[Block]:
     for page in pages():
         text = (ROOT / page).read_text(encoding="utf-8")
-        for found in re.finditer(
-            r"(?:^<!-- ([^\n]*) -->\n\n?)?^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
-        ):
+        for found in CONSOLE.finditer(text):
             line = text.count("\n", 0, found.start(2)) + 1
             yield Block(page, line, found[1] or "", found[2])
 
