@@ -131,6 +131,8 @@ def test_a_collapse_hurts_even_where_learning_nothing_beats_learning_from_genera
     report = world.report(world.turned, np.repeat(world.drawn[:1], len(world.drawn), axis=0))
     assert report["transfer_gain"] > 2 * report["transfer_standard_error"], "the text map as it was does better"
     assert report["verdict"].startswith("alignment hurts")
+    assert report["collapsed"]
+    assert report["transfer_share_closed"] is None
     assert "f_g has collapsed, its embeddings vary 0.00% as much as real ones" in report["verdict"]
 
 
