@@ -11,6 +11,7 @@ import torch
 
 from gmail_cli.components import transfer
 from gmail_cli.components.objectives import GeneratedFrom, RealImage, pair
+from gmail_cli.components.tasks import contrastive_loss
 from gmail_cli.components.transfer import Captions, Classes, View
 
 CLASSES, DIM, ROWS = 4, 16, 400
@@ -131,6 +132,8 @@ def test_a_collapse_hurts_even_where_learning_nothing_beats_learning_from_genera
     report = world.report(world.turned, np.repeat(world.drawn[:1], len(world.drawn), axis=0))
     assert report["transfer_gain"] > 2 * report["transfer_standard_error"], "the text map as it was does better"
     assert report["verdict"].startswith("alignment hurts")
+    assert report["collapsed"]
+    assert report["transfer_share_closed"] is None
     assert "f_g has collapsed, its embeddings vary 0.00% as much as real ones" in report["verdict"]
 
 
@@ -202,7 +205,7 @@ def test_all_captions_of_an_image_count_in_both_directions(monkeypatch: pytest.M
     np.testing.assert_allclose(task.scores(np.eye(3), test=np.eye(3)[[2, 1, 0]]), (by_text + by_image) / 2)
 
 
-def test_the_text_map_pulls_captions_to_their_images_and_spares_siblings():
+def test_the_text_map_pulls_captions_to_their_images():
     world = _Captioned()
     turned = _unit(world.turned)
     task = world.task()
@@ -210,8 +213,23 @@ def test_the_text_map_pulls_captions_to_their_images_and_spares_siblings():
     with torch.no_grad():
         mapped = head(torch.from_numpy(task.texts)).numpy()[task.said]
     assert (mapped * turned).sum(axis=1).mean() > (task.texts[task.said] * turned).sum(axis=1).mean() + 0.2
-    np.testing.assert_array_equal(task.owners[::2], task.owners[1::2])
-    assert len(np.unique(task.owners)) == 100
+
+
+def test_siblings_are_no_negatives_of_one_another(monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spy(*vectors: torch.Tensor, **about: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((about["positives"], about["excluded"]))
+        return contrastive_loss(*vectors, **about)
+
+    monkeypatch.setattr(transfer, "contrastive_loss", spy)
+    monkeypatch.setattr(transfer, "STEPS", 1)
+    world = _Captioned()
+    world.task().fit(_unit(world.drawn))  # 200 captions, two of each image, in one batch
+    ((positives, excluded),) = seen
+    assert torch.equal(positives, torch.eye(200, dtype=torch.bool))
+    assert excluded.sum(dim=1).tolist() == [1] * 200
+    assert not excluded.diagonal().any()
 
 
 def test_captions_of_their_own_are_told_apart_by_text():

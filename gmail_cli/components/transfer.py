@@ -243,7 +243,7 @@ def validate(
         that of real ones) and ``transfer``; ``transfer_real``, the same of a head fitted to real
         images; ``transfer_gain`` with its ``transfer_standard_error`` over held-out real images (each is one unit,
         with all its captions); ``transfer_share_closed`` of the distance from before to real, None where that
-        distance is not measurable; and the ``verdict``.
+        distance is not measurable; whether f_g has ``collapsed``; and the ``verdict``.
     """
     partner = pairs.rows(np.arange(len(pairs.start)), seed=seed)
     trained = {"before": before.train, "after": after.train, "real": partners}
@@ -259,13 +259,15 @@ def validate(
         }
         for when, view in (("before", before), ("after", after))
     }
+    collapsed = report["after"]["spread"] < COLLAPSED <= report["before"]["spread"]
     report |= {
         "held_out": {"generated": len(partner), "real": len(real)},
         "transfer_task": task.kind,
         "transfer_real": float(found["real"].mean()),
         "transfer_gain": gain,
         "transfer_standard_error": error,
-        "transfer_share_closed": gain / distance if distance > 2 * unsure else None,
+        "transfer_share_closed": gain / distance if distance > 2 * unsure and not collapsed else None,
+        "collapsed": collapsed,
     }
     return {**report, "verdict": _verdict(report, measure=task.measure, objective=objective)}
 
@@ -300,13 +302,12 @@ def _verdict(report: Mapping[str, Any], *, measure: str, objective: str) -> str:
         f"{measure} on held-out real images {report['before']['transfer']:.3f} -> {report['after']['transfer']:.3f} "
         f"({gain:+.3f}, standard error {error:.3f}; {report['transfer_real']:.3f} when trained on real images"
     )
-    spread, collapsed = report["after"]["spread"], report["after"]["spread"] < COLLAPSED <= report["before"]["spread"]
-    if gain > 2 * error and not collapsed:
+    if gain > 2 * error and not report["collapsed"]:
         closed = "" if share is None else f", {share:.0%} of the distance closed"
         return f"alignment helps: transfer {change}{closed})"
-    if collapsed:
-        change += f"; f_g has collapsed, its embeddings vary {spread:.2%} as much as real ones"
-    hurts = collapsed or gain < -2 * error
+    if report["collapsed"]:
+        change += f"; f_g has collapsed, its embeddings vary {report['after']['spread']:.2%} as much as real ones"
+    hurts = report["collapsed"] or gain < -2 * error
     found = "alignment hurts" if hurts else "alignment makes no measurable difference"
     best = NAMED["recommended"]
     advice = "" if NAMED.get(objective, objective) == best else "; try --set align.objective=recommended"
