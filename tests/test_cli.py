@@ -274,7 +274,7 @@ def shell_environment(folder: Path) -> dict[str, str]:
     program.parent.mkdir()
     program.write_text(f"#!{sys.executable}\nfrom gmail_cli.cli import main\nmain()\n")
     program.chmod(0o755)
-    path = f"{program.parent}:{os.environ['PATH']}"
+    path = f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
 
 
