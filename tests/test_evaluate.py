@@ -536,7 +536,7 @@ def test_a_baseline_passes_until_something_falls(made: Artifact, tmp_path: Path)
 def test_baselines_that_do_not_fit_are_refused(made: Artifact, tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     for content, problem in (
-        ("{", "cannot read the baseline"),
+        ("{", "is not JSON"),
         ("[]", "is not a gmail.results/1 document"),
         (json.dumps({**made.read_json("results.json"), "protocol": "other/2"}), "protocol 'other/2'"),
     ):

@@ -310,6 +310,7 @@ def latent_diffusion_job(
         )
         pipeline.save_pretrained(folder, max_shard_size=LARGEST_FILE)
         _load_as_single_precision(folder / "text_encoder")
+        _forget_place(folder / "vae")
         save_tokenizer(tokenizer, folder / "tokenizer")
 
     return Job(module=model, loss=loss, rows=len(pairs), export=export)
@@ -403,6 +404,15 @@ def _token_table(
     """Token ids, padded to the longest text (or to the context, ``max_length``) and cut to the context."""
     table: Tensor = tokenizer(list(texts), padding=padding, truncation=True, return_tensors="pt").input_ids
     return table
+
+
+def _forget_place(folder: Path) -> None:
+    """Take out of a diffusers config where its weights had been loaded from."""
+    path = folder / "config.json"
+    config = {
+        key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != "_name_or_path"
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _load_as_single_precision(folder: Path) -> None:
