@@ -195,8 +195,8 @@ def test_the_page_needs_nothing_else() -> None:
     assert {"link", "script", "iframe", "object"}.isdisjoint(page.tags)
     sources = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
     assert sources
-    assert all(value.startswith("data:image/") for value in sources)
-    assert "url(" not in html
+    assert all(value.startswith(("data:image/", "#")) for value in sources)
+    assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)\)", html))
     assert "@import" not in html
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
@@ -257,29 +257,13 @@ def test_thumbnails_are_small_and_never_larger_than_the_image() -> None:
         report.thumbnail(b"no image", side=50, name="photo 7")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (0, 10, [0, 2, 4, 6, 8, 10]),
-        (0.31, 0.38, [0.3, 0.32, 0.34, 0.36, 0.38]),
-        (-3, 4, [-4, -2, 0, 2, 4]),
-        (5, 5, None),
-    ],
-)
-def test_ticks_are_round_and_enclose_the_range(low: float, high: float, ticks: list[float] | None) -> None:
-    found = plots._ticks(low, high, most=5)
-    assert found[0] <= low
-    assert found[-1] >= high
-    assert len(found) <= 7
-    if ticks:
-        assert found == pytest.approx(ticks)
-
-
-def test_labels_that_would_overlap_are_moved_apart_in_order() -> None:
-    placed = plots._apart([50, 10, 52, 51], gap=10, low=0, high=70)
-    assert sorted(placed) == [placed[1], placed[0], placed[3], placed[2]]
-    assert min(np.diff(sorted(placed))) >= 10
-    assert max(placed) <= 70
+def test_charts_name_their_lines_from_top_to_bottom_and_take_texts_as_they_are() -> None:
+    curves = tuple(Curve(arm, f"{arm} $x$", (1.0, 2.0), (0.0, y)) for arm, y in (("none", 1.0), ("real", 3.0)))
+    chart = plots.line_chart(Chart("t", "x", "y", curves))
+    assert [text for text in re.findall(r">([^<]+)</text>", chart) if "$" in text] == ["real $x$", "none $x$"]
+    assert "var(--real)" in chart
+    assert not re.search(r"#[0-9a-f]{6}\b", chart), "a colour that the page cannot change"
+    assert chart == plots.line_chart(Chart("t", "x", "y", curves))
 
 
 def test_metric_names_and_values_for_people() -> None:
