@@ -171,6 +171,31 @@ def test_several_tasks_are_gathered_in_one_sentence() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("untrained", "headline", "sentence"),
+    [
+        (
+            0.7,
+            " Without any training, the text tower did better than on generated images.",
+            "10.0 points below no training",
+        ),
+        (0.5, "", "10.0 points above no training"),
+        (0.6, "", "no measurable difference)"),
+    ],
+)
+def test_no_training_is_not_passed_over(untrained: float, headline: str, sentence: str) -> None:
+    none = Cell(
+        task="clip-text",
+        arm="none",
+        scores={
+            "text_to_image_recall_at_1": Scores.mean((np.arange(400) < 400 * untrained) * 1.0, groups=np.arange(400))
+        },
+    )
+    found = report.verdict(document(none, *measured(0.4, 0.6, 0.8)))
+    assert found.headline.endswith(f"of the way to real images).{headline}")
+    assert sentence in found.findings[0].sentence
+
+
 def test_without_arms_the_first_number_is_the_headline() -> None:
     alone = measured(0.4, 0.6, 0.8)[0]
     assert re.fullmatch(

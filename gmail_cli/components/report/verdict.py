@@ -43,7 +43,9 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
         tasks[outcome_of(row)].append(_in_short(row, results))
     verbs = {"better": "helps", "worse": "hurts", "unclear": "makes no measurable difference to"}
     parts = [f"{verbs[outcome]} {_join(named)}" for outcome, named in tasks.items() if named]
-    return Verdict(f"Alignment {_join(parts)}.", findings)
+    untrained = [task_label(row["task"]) + _dual(row) for row in comparisons if _untrained(row, results) == "worse"]
+    still = f" Without any training, {_join(untrained)} did better than on generated images." if untrained else ""
+    return Verdict(f"Alignment {_join(parts)}.{still}", findings)
 
 
 def outcome_of(comparison: Mapping[str, Any]) -> Outcome:
@@ -70,6 +72,19 @@ def _headline_comparisons(results: Mapping[str, Any]) -> list[Mapping[str, Any]]
     return list(first.values())
 
 
+def _untrained_row(row: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The comparison of aligned with no training, beside that of aligned with naive."""
+    same = ("task", "metric", "dual_projection", "treatment")
+    rows = (each for each in results["comparisons"] if each["baseline"] == "none")
+    return next((each for each in rows if all(each[key] == row[key] for key in same)), None)
+
+
+def _untrained(row: Mapping[str, Any], results: Mapping[str, Any]) -> Outcome | None:
+    """Whether training on aligned generated images beats no training; None where nobody measured that."""
+    found = _untrained_row(row, results)
+    return None if found is None else outcome_of(found)
+
+
 def _in_short(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     metric = row["metric"]
     difference = show(metric, row["difference"], signed=True)
@@ -89,7 +104,7 @@ def _finding(row: Mapping[str, Any], results: Mapping[str, Any]) -> Finding:
         outcome,
         f"{task_title(row['task'])}{_dual(row)}: {metric_label(metric)} with aligned generated images is "
         f"{show(metric, abs(row['difference']))} points {side} that with the same images taken as real "
-        f"({sure}; {side} in {agree} of {_seeds(row)}){doubt}{_share(row, results)}.",
+        f"({sure}; {side} in {agree} of {_seeds(row)}){doubt}{_share(row, results)}{_beside_none(row, results)}.",
     )
 
 
@@ -119,6 +134,17 @@ def _share(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     if closed < 0:
         return f"; the distance to training on real images grows by {-100 * closed:.0f} % (closed: {sure})"
     return f"; {100 * closed:.0f} % of the distance to training on real images is closed ({sure})"
+
+
+def _beside_none(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """What the task says of training at all, as the end of a sentence."""
+    found = _untrained_row(row, results)
+    if found is None:
+        return ""
+    metric, side = row["metric"], "above" if found["difference"] > 0 else "below"
+    sure = interval(metric, found["low"], found["high"], signed=True)
+    doubt = ", no measurable difference" if outcome_of(found) == "unclear" else ""
+    return f"; it is {show(metric, abs(found['difference']))} points {side} no training ({sure}{doubt})"
 
 
 def _without_arms(results: Mapping[str, Any]) -> str:
