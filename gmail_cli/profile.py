@@ -174,29 +174,42 @@ class Align(Section):
     objective: Annotated[
         str,
         Field(
-            pattern=r"^(paper|recommended|(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|coral|mmd)"
-            r"(\+(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|coral|mmd))*)$"
+            pattern=r"^(paper|recommended|(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|siglip|stablerep|text|real-text|hycd|rafa|coral|mmd)"
+            r"(\+(\d+(\.\d+)?\*)?(eq1|symmetric|cosine|siglip|stablerep|text|real-text|hycd|rafa|coral|mmd))*)$"
         ),
     ] = "paper"
     """What to minimise. `paper` is Eq. 1 and nothing else; `recommended` is what served best in docs/experiments.md.
 
     Or a weighted sum of terms such as `cosine+0.5*eq1`: `eq1`, `symmetric` (Eq. 1 both ways), `cosine` (1 - cosine to
-    the partner, no negatives), `coral` (means and covariances), `mmd` (kernel mean discrepancy)."""
+    the partner, no negatives), `siglip` (each pair on its own), `stablerep` (images of one caption find one another),
+    `text` and `real-text` (CLIP's loss of generated, of real images through f_g with their captions), `hycd` and `rafa`
+    (CLIP-Refine), `coral` (means and covariances), `mmd` (kernel mean discrepancy)."""
     temperature: Positive = 0.07
-    """Temperature of `eq1` and `symmetric`."""
-    pairing: Literal["auto", "caption", "random", "nearest", "optimal-transport"] = "auto"
+    """Temperature of `eq1`, `symmetric` and `stablerep`."""
+    learn_temperature: bool = False
+    """Learn that temperature, starting from `temperature`."""
+    bank: Limit = 0
+    """Real images from beyond the batch that are negatives in `eq1`, `symmetric` and `siglip` too, drawn anew each
+    step; as many as there are takes them all. f_r is frozen, so their embeddings are at hand."""
+    pairing: Literal["auto", "caption", "random", "nearest", "optimal-transport", "unpaired"] = "auto"
     """The real partner of a generated image: the image its caption describes (`caption`), or a real image of the same
     caption text or class: a `random` one each step, the `nearest` under f_r, or one to one by `optimal-transport`.
-    `auto` is `caption` where those images are at hand, else `random`."""
+    `auto` is `caption` where those images are at hand, else `random`. `unpaired` takes any real images, for captions
+    that no real image has; only for objectives without partners."""
     false_negatives: Literal["mask", "mask-caption", "keep"] = "mask"
     """Real images of a batch that are no negatives in `eq1`: the same partner (`mask`), also the same caption text
     (`mask-caption`), or none (`keep`)."""
-    method: Literal["lora", "full"] = "lora"
-    """Train a low-rank update, or every weight of the tower (paper, Table 11)."""
+    method: Literal["lora", "dora", "full", "projection"] = "lora"
+    """Train a low-rank update (`dora`: with the lengths of the weights' rows apart), every weight of the tower (paper,
+    Table 11), or its last projection only."""
     lora_rank: Count = 4
     """Rank of the update (the paper's 4)."""
     lora_alpha: Positive = 8.0
     """The update is scaled by `lora_alpha / lora_rank`."""
+    lora_rank_stabilised: bool = False
+    """Scale by `lora_alpha / sqrt(lora_rank)` (rsLoRA), so that the rank does not set the pace."""
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each tuned module's inputs that the update does not see in a step."""
     lora_targets: Strings = ()
     """Modules to tune, as peft matches them; empty takes a transformer's attention and MLP, a ResNet's convolutions."""
     steps: Count = 1000

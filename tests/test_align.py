@@ -197,11 +197,15 @@ def test_class_captions_pair_with_any_image_of_the_class(clip_folder: Path, work
 CHANGES: dict[str, Any] = {
     "objective": "cosine",
     "temperature": 0.5,
+    "learn_temperature": True,
+    "bank": 6,
     "pairing": "nearest",
     "false_negatives": "keep",
     "method": "full",
     "lora_rank": 1,
     "lora_alpha": 1.0,
+    "lora_rank_stabilised": True,
+    "lora_dropout": 0.5,
     "lora_targets": ["attn"],
     "steps": 3,
     "batch_size": 5,
@@ -228,12 +232,69 @@ def test_every_setting_changes_digest_and_result(
         assert other.files["clip/open_clip_model.safetensors"] != base.files["clip/open_clip_model.safetensors"]
 
 
+TERMS = ["siglip", "stablerep", "text", "real-text", "hycd", "rafa", "eq1+0.5*text+0.1*rafa"]
+
+
+@pytest.mark.parametrize("objective", TERMS)
+def test_every_term_trains(objective: str, clip_folder: Path, workspace: Workspace, generated: Artifact):
+    profile = _profile(clip_folder, objective=objective, steps=40, schedule="constant")
+    if objective == "stablerep":
+        generated = _one_caption_each(workspace, per_caption=3)
+    curve = align.run(profile, workspace, generated=generated).read_jsonl("metrics.jsonl")
+    assert {*objective.replace("0.5*", "").replace("0.1*", "").split("+")} <= set(curve[0])
+    assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+@pytest.mark.parametrize("method", ["dora", "full", "projection"])
+def test_every_method_trains_and_merges(method: str, clip_folder: Path, workspace: Workspace, generated: Artifact):
+    artifact = align.run(_profile(clip_folder, method=method), workspace, generated=generated)
+    curve = artifact.read_jsonl("metrics.jsonl")
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert ("adapter/adapter_config.json" in artifact.files) == (method == "dora")
+    assert encoders.model_digest(artifact.folder("clip")) == artifact.summary["encoder"]
+
+
+def test_stablerep_needs_several_images_of_a_caption(clip_folder: Path, workspace: Workspace):
+    with pytest.raises(InputError, match="several generated images of a caption"):
+        align.run(_profile(clip_folder, objective="stablerep"), workspace, generated=_one_caption_each(workspace))
+
+
+def test_unpaired_needs_no_caption_that_a_real_image_has(clip_folder: Path, workspace: Workspace):
+    """Captions from elsewhere: distributions are matched, and nothing pretends to judge transfer."""
+    foreign = _one_caption_each(workspace, prefix="from another world: ")
+    with pytest.raises(InputError, match="no real image of its caption"):
+        align.run(_profile(clip_folder, objective="coral"), workspace, generated=foreign)
+    with pytest.raises(UsageError, match="gives no partners, and eq1 needs them"):
+        align.run(_profile(clip_folder, pairing="unpaired"), workspace, generated=foreign)
+    profile = _profile(clip_folder, objective="coral+mmd", pairing="unpaired", steps=40)
+    artifact = align.run(profile, workspace, generated=foreign)
+    curve = artifact.read_jsonl("metrics.jsonl")
+    assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+    assert artifact.summary["pairing"] == "unpaired"
+    assert artifact.summary["verdict"].startswith("not validated")
+
+
+def _one_caption_each(workspace: Workspace, *, per_caption: int = 1, prefix: str = "") -> Artifact:
+    """Images of one caption per scene; with a prefix, of captions that no real image has."""
+    scenes = reader.read("scenes:train", limit=IMAGES, scene_size=32)
+    rows, images = [], []
+    for row, image in enumerate(scenes.images):
+        caption = scenes.captions_of(image.id)[0]
+        owner = f"elsewhere-{row}" if prefix else image.id
+        for k in range(per_caption):
+            rows.append({"caption_id": caption.id, "caption": prefix + caption.text, "owner": owner})
+            images.append(_shifted(scenes.image_bytes(row), seed=row + 1000 * k))
+    return _fake_generation(workspace, rows, images, f"{per_caption} {prefix}")
+
+
 def test_settings_without_effect_do_not_change_the_digest(clip_folder: Path, generated: Artifact):
     def digest(**changes: Any) -> str:
         return align.plan_key(_profile(clip_folder, **changes), generated=generated.digest).digest
 
     assert digest(objective="paper") == digest(objective="eq1")
     assert digest(objective="cosine", temperature=0.07) == digest(objective="cosine", temperature=0.5)
+    assert digest(objective="cosine", bank=0) == digest(objective="cosine", bank=9)
+    assert digest(method="projection", lora_dropout=0.0) == digest(method="projection", lora_dropout=0.5)
     assert digest(method="full", lora_rank=4) == digest(method="full", lora_rank=8)
     assert digest(schedule="cosine", cycles=4) == digest(schedule="cosine", cycles=3)
     assert digest(precision="bf16") != digest()

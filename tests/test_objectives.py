@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from gmail_cli.components import objectives
-from gmail_cli.components.objectives import GeneratedFrom, Objective, RealImage
-from gmail_cli.errors import InputError, UsageError
+from gmail_cli.components.objectives import Batch, Objective, Scales
+from gmail_cli.errors import UsageError
 
 
 def _unit(rows: int, dim: int, *, seed: int) -> torch.Tensor:
     return normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+
+
+def _batch(generated: torch.Tensor, real: torch.Tensor, **more: Any) -> Batch:
+    return Batch(generated=generated, real=real, **more)
 
 
 # -- Eq. 1 -------------------------------------------------------------------------------------------------------
@@ -106,10 +111,12 @@ def test_terms_on_worked_examples():
 def test_distribution_terms_ignore_the_pairing_and_vanish_on_equal_sets(name: str):
     real = _unit(16, 6, seed=4)
     objective = Objective.parse(name)
-    assert objective(real.roll(3, 0), real)[0].item() == pytest.approx(0, abs=1e-12)
+    assert objective(_batch(real.roll(3, 0), real))[0].item() == pytest.approx(0, abs=1e-12)
     moved = normalize(real + 0.3, dim=1)
-    assert objective(moved, real)[0].item() > 1e-3
-    assert objective(moved.roll(1, 0), real)[0].item() == pytest.approx(objective(moved, real)[0].item(), rel=1e-9)
+    assert objective(_batch(moved, real))[0].item() > 1e-3
+    assert objective(_batch(moved.roll(1, 0), real))[0].item() == pytest.approx(
+        objective(_batch(moved, real))[0].item(), rel=1e-9
+    )
 
 
 def _descended(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,7 +127,7 @@ def _descended(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     optimizer = torch.optim.Adam([free], lr=0.02)
     for _ in range(100):
         optimizer.zero_grad()
-        Objective.parse(name)(normalize(free, dim=1), real)[0].backward()
+        Objective.parse(name)(_batch(normalize(free, dim=1), real))[0].backward()
         optimizer.step()
     return before, normalize(free.detach(), dim=1), real
 
@@ -134,7 +141,7 @@ def test_descending_closes_the_gap_between_the_means(name: str):
     assert apart(after) < 0.3 * apart(before)
 
 
-@pytest.mark.parametrize("name", ["eq1", "symmetric", "cosine"])
+@pytest.mark.parametrize("name", ["eq1", "symmetric", "cosine", "siglip"])
 def test_descending_brings_each_image_to_its_partner(name: str):
     def found(vectors: torch.Tensor) -> float:
         return ((vectors @ real.T).argmax(1) == torch.arange(16)).double().mean().item()
@@ -147,12 +154,12 @@ def test_descending_brings_each_image_to_its_partner(name: str):
 def test_symmetric_is_the_mean_of_both_directions():
     generated, real = _unit(4, 5, seed=7), _unit(4, 5, seed=8)
     both = objectives.contrastive(generated, real) + objectives.contrastive(real, generated)
-    assert Objective.parse("symmetric")(generated, real)[0].item() == pytest.approx(both.item() / 2, rel=1e-12)
+    assert Objective.parse("symmetric")(_batch(generated, real))[0].item() == pytest.approx(both.item() / 2, rel=1e-12)
 
 
 def test_sums_are_weighted():
     generated, real = _unit(4, 5, seed=7), _unit(4, 5, seed=8)
-    loss, terms = Objective.parse("cosine+0.5*eq1", temperature=0.2)(generated, real)
+    loss, terms = Objective.parse("cosine+0.5*eq1", temperature=0.2)(_batch(generated, real))
     eq1 = objectives.contrastive(generated, real, temperature=0.2)
     assert terms["eq1"].item() == pytest.approx(eq1.item())
     assert loss.item() == pytest.approx(objectives.cosine_regression(generated, real).item() + eq1.item() / 2)
@@ -166,77 +173,100 @@ def test_unknown_objectives_are_refused(text: str):
         Objective.parse(text)
 
 
-# -- partners ----------------------------------------------------------------------------------------------------
-
-CATS_AND_DOGS = [RealImage(f"r{row}", frozenset({"a cat" if row < 4 else "a dog"})) for row in range(8)]
-
-
-def test_partner_by_owner():
-    real = [RealImage("a", frozenset({"one", "two"})), RealImage("b", frozenset({"three"}))]
-    generated = [GeneratedFrom("b", "three"), GeneratedFrom("a", "two"), GeneratedFrom("a", "one")]
-    pairing = objectives.pair(generated, real)
-    assert pairing.method == "caption"
-    assert pairing.rows(np.array([2, 0, 1]), seed=9).tolist() == [0, 1, 0]
-    with pytest.raises(InputError, match=r"1 of 4 .* 'nobody'"):
-        objectives.pair([*generated, GeneratedFrom("nobody", "x")], real, method="caption")
+G = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+R = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
 
 
-def test_random_partners_share_the_caption_and_cover_it():
-    generated = [GeneratedFrom(f"g{row}", "a dog" if row % 2 else "a cat") for row in range(6)]
-    pairing = objectives.pair(generated, CATS_AND_DOGS)
-    assert pairing.method == "random"
-    indices = np.arange(6)
-    drawn = np.stack([pairing.rows(indices, seed=seed) for seed in range(64)])
-    assert set(drawn[:, ::2].ravel()) == {0, 1, 2, 3}
-    assert set(drawn[:, 1::2].ravel()) == {4, 5, 6, 7}
-    np.testing.assert_array_equal(pairing.rows(indices, seed=5), drawn[5])
+def test_bank_rows_are_negatives_but_for_the_masked():
+    """Row 1 of the worked example of Eq. 1 with two further negatives, (0.8, 0.6) and (1, 0), the second masked."""
+    bank = torch.tensor([[0.8, 0.6], [1.0, 0.0]])
+    masked = torch.tensor([[False, True], [False, True]])
+    first = -math.log(math.exp(1.2) / (math.exp(1.2) + math.exp(0.0) + math.exp(1.6)))
+    second = -math.log(math.exp(2.0) / (math.exp(1.6) + math.exp(2.0) + math.exp(1.2)))
+    loss = objectives.contrastive(G, R, temperature=0.5, bank=bank, bank_false=masked)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+    every = objectives.contrastive(G, R, temperature=0.5, bank=bank)
+    assert every > loss
 
 
-def test_class_stands_in_for_an_unknown_caption():
-    real = [RealImage("a", frozenset({"x"}), "cat"), RealImage("b", frozenset({"y"}), "dog")]
-    assert objectives.pair([GeneratedFrom("g", "z", "dog")], real).rows(np.array([0]), seed=0).tolist() == [1]
-    with pytest.raises(InputError, match="no real image of its caption"):
-        objectives.pair([GeneratedFrom("g", "z", "bird")], real)
+def test_siglip_on_a_worked_example():
+    """Logits 5 sim - 2: 1, -2 and 2, 3; the partners on the diagonal."""
 
+    def log_sigmoid(x: float) -> float:
+        return -math.log(1 + math.exp(-x))
 
-def test_nearest_may_share_and_transport_may_not():
-    """Both generated cats lie nearest to real row 1; one-to-one, the second goes to row 0."""
-    real_vectors = np.array([[0.6, 0.8], [1, 0], [-1, 0], [0, -1], [0, 1], [0, 1], [0, 1], [0, 1]], dtype=np.float64)
-    generated = [GeneratedFrom("g0", "a cat"), GeneratedFrom("g1", "a cat")]
-    vectors = np.array([[1, 0], [0.96, 0.28]])
-    both = np.array([0, 1])
-    nearest = objectives.pair(
-        generated, CATS_AND_DOGS, method="nearest", generated_vectors=vectors, real_vectors=real_vectors
+    loss = objectives.sigmoid_pairs(G, R, scale=torch.tensor(5.0), bias=torch.tensor(-2.0))
+    wanted = -(log_sigmoid(1) + log_sigmoid(2) + log_sigmoid(-2) + log_sigmoid(3)) / 2
+    assert loss.item() == pytest.approx(wanted, rel=1e-6)
+    mask = torch.tensor([[False, False], [True, False]])
+    masked = objectives.sigmoid_pairs(
+        G, R, scale=torch.tensor(5.0), bias=torch.tensor(-2.0), false_negatives=mask, bank=G[:1]
     )
-    assert nearest.rows(both, seed=0).tolist() == [1, 1]
-    moved = objectives.pair(
-        generated, CATS_AND_DOGS, method="optimal-transport", generated_vectors=vectors, real_vectors=real_vectors
-    )
-    assert moved.rows(both, seed=0).tolist() == [1, 0]
+    wanted = -(log_sigmoid(1) + log_sigmoid(2) + log_sigmoid(3) + log_sigmoid(-3) + log_sigmoid(2)) / 2
+    assert masked.item() == pytest.approx(wanted, rel=1e-6)
 
 
-def test_transport_of_more_generated_than_real_uses_every_real_image(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(objectives, "ASSIGNED_AT_ONCE", 3)
-    rng = np.random.default_rng(0)
-    generated = [GeneratedFrom(f"g{row}", "a cat") for row in range(10)]
-    pairing = objectives.pair(
-        generated,
-        CATS_AND_DOGS,
-        method="optimal-transport",
-        generated_vectors=rng.normal(size=(10, 2)),
-        real_vectors=rng.normal(size=(8, 2)),
-    )
-    used = np.bincount(pairing.rows(np.arange(10), seed=0), minlength=8)
-    assert used[:4].min() >= 1
-    assert used[:4].max() <= 4
-    assert used[4:].sum() == 0
+def test_stablerep_on_a_worked_example():
+    """Rows 0 and 1 are of one caption, row 2 alone: it is a negative and has no loss of its own."""
+    generated = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    siblings = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
+    first = -math.log(math.exp(1.2) / (math.exp(1.2) + math.exp(0.0)))
+    second = -math.log(math.exp(1.2) / (math.exp(1.2) + math.exp(1.6)))
+    loss = objectives.multi_positive(generated, siblings, temperature=0.5)
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+    assert objectives.multi_positive(generated, torch.eye(3, dtype=torch.bool), temperature=0.5).item() == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_held_out_share(share: float):
-    chosen = [objectives.held_out(str(row), share=share, seed=0) for row in range(4000)]
-    assert np.mean(chosen) == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
-    wider = [objectives.held_out(str(row), share=min(1.0, share + 0.1), seed=0) for row in range(4000)]
-    assert all(more for more, some in zip(wider, chosen, strict=True) if some)
-    other = [objectives.held_out(str(row), share=share, seed=1) for row in range(4000)]
-    assert (other != chosen) == (0 < share < 1)
+def test_stablerep_spreads_over_several_siblings():
+    generated, siblings = _unit(4, 3, seed=9), torch.ones(4, 4, dtype=torch.bool)
+    logits = (generated @ generated.T / 0.2).masked_fill(torch.eye(4, dtype=torch.bool), -torch.inf)
+    rows = -logits.log_softmax(1)
+    mean = torch.stack([rows[i][[j for j in range(4) if j != i]].mean() for i in range(4)]).mean()
+    assert objectives.multi_positive(generated, siblings, temperature=0.2).item() == pytest.approx(mean.item())
+
+
+def test_text_contrast_is_clips_loss_without_equal_captions():
+    images, texts = _unit(3, 4, seed=10), _unit(3, 4, seed=11)
+    apart = torch.eye(3, dtype=torch.bool)
+    logits = images @ texts.T / 0.1
+    truth = torch.arange(3)
+    wanted = (torch.nn.functional.cross_entropy(logits, truth) + torch.nn.functional.cross_entropy(logits.T, truth)) / 2
+    found = objectives.text_contrast(images, texts, temperature=0.1, same_caption=apart)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    alike = torch.ones(3, 3, dtype=torch.bool)
+    assert objectives.text_contrast(images, texts, temperature=0.1, same_caption=alike).item() == pytest.approx(0)
+
+
+def test_hycd_is_a_divergence_from_teacher_and_truth():
+    """Against torch's own KL divergence; 0 where the student gives the targets themselves."""
+    images, before, texts = (_unit(4, 5, seed=seed) for seed in (12, 13, 14))
+    total = 0.0
+    for student, teacher in (
+        (images @ texts.T, before @ texts.T),
+        ((images @ texts.T).T, (before @ texts.T).T),
+    ):
+        target = 0.5 * (teacher / 0.3).softmax(1) + 0.5 * torch.eye(4, dtype=torch.float64)
+        total += torch.nn.functional.kl_div((student / 0.3).log_softmax(1), target, reduction="batchmean").item() / 2
+    assert objectives.hybrid_distillation(images, before, texts, temperature=0.3).item() == pytest.approx(total)
+    sure = torch.eye(3) * 1.0
+    assert objectives.hybrid_distillation(sure, sure, sure, temperature=0.01).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_rafa_pulls_towards_images_at_random():
+    generated, anywhere = _unit(4, 5, seed=15), _unit(4, 5, seed=16)
+    found = Objective.parse("rafa")(_batch(generated, generated, anywhere=anywhere))[0]
+    assert found.item() == pytest.approx(1 - (generated * anywhere).sum(1).mean().item())
+
+
+def test_a_learned_temperature_and_siglips_scale_move():
+    objective = Objective.parse("eq1+siglip", temperature=0.5, learn_temperature=True)
+    scales = Scales(objective)
+    assert scales.temperature.item() == pytest.approx(0.5)
+    loss, told = objective(_batch(G, R), scales)
+    assert told["temperature"].item() == pytest.approx(0.5)
+    loss.backward()
+    for name, parameter in scales.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.item() != 0, name
+    fixed = Scales(Objective.parse("eq1"))
+    assert not any(parameter.requires_grad for parameter in fixed.parameters())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gmail_cli.components import transfer
-from gmail_cli.components.objectives import GeneratedFrom, RealImage, pair
+from gmail_cli.components.partners import GeneratedFrom, RealImage, pair
 from gmail_cli.components.tasks import contrastive_loss
 from gmail_cli.components.transfer import Captions, Classes, View
 

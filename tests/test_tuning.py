@@ -44,11 +44,17 @@ def _tuned(tower: tuning.TunedTower, *, seed: int = 0) -> tuning.TunedTower:
     return tower
 
 
+OPTIONS = [{}, {"decomposed": True}, {"rank_stabilised": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["lora", "dora", "rslora"])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_adapter_round_trip(kind: str, pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest):
+def test_adapter_round_trip(
+    kind: str, options: dict[str, bool], pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
+):
     clip: Clip = request.getfixturevalue(kind)
     real = clip.encode_images(pixels)
-    tower = tuning.add_lora(clip, rank=2, alpha=4.0)
+    tower = tuning.add_lora(clip, rank=2, alpha=4.0, **options)
     with torch.no_grad():
         torch.testing.assert_close(tower(pixels), real, atol=1e-6, rtol=0)
         tuned = _tuned(tower)(pixels)
@@ -71,14 +77,15 @@ def test_adapter_round_trip(kind: str, pixels: torch.Tensor, tmp_path: Path, req
     assert torch.equal(merged.encode_texts(TEXTS), clip.encode_texts(TEXTS))
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=["lora", "dora", "rslora"])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_plain_peft_gives_the_same_embeddings(
-    kind: str, pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, options: dict[str, bool], pixels: torch.Tensor, tmp_path: Path, request: pytest.FixtureRequest
 ):
     from peft import PeftModel
 
     clip: Clip = request.getfixturevalue(kind)
-    tower = _tuned(tuning.add_lora(clip, rank=2))
+    tower = _tuned(tuning.add_lora(clip, rank=2, **options))
     tuning.save_adapter(tower, tmp_path, base=clip.name)
     plain = PeftModel.from_pretrained(copy.deepcopy(clip.model.visual), str(tmp_path)).eval()
     with torch.no_grad():
@@ -116,6 +123,52 @@ def test_trained_parameters_are_counted(vit: Clip):
     mlp = 2 * rank * (width + 4 * width)
     assert tuning.add_lora(vit, rank=rank).trained == 2 * (attention + mlp)
     assert tuning.unfreeze(vit).trained == sum(p.numel() for p in vit.model.visual.parameters())
+
+
+def test_rank_stabilised_updates_are_larger_by_the_root_of_the_rank(vit: Clip):
+    """alpha / sqrt(r) against alpha / r: at rank 4 twice the update."""
+    plain, stable = (_tuned(tuning.add_lora(vit, rank=4, rank_stabilised=on)) for on in (False, True))
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    base = vit.model.visual.get_parameter(name)
+    torch.testing.assert_close(stable.adapted()[name] - base, 2 * (plain.adapted()[name] - base))
+
+
+def test_dora_learns_the_lengths_of_rows(vit: Clip):
+    """Whatever the update, a row of the weight has the learned length; nothing else changes it."""
+    tower = _tuned(tuning.add_lora(vit, rank=2, decomposed=True))
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    layer = tower.adapter.base_model.model.get_submodule(name.removesuffix(".weight"))
+    lengths = layer.lora_magnitude_vector["default"].weight
+    torch.testing.assert_close(tower.adapted()[name].norm(dim=1), lengths)
+    assert not any(".attn." in name for name in tower.adapted())
+
+
+def test_dropout_hides_inputs_from_the_update_in_training_only(vit: Clip, pixels: torch.Tensor):
+    tower = _tuned(tuning.add_lora(vit, rank=2, dropout=0.5))
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    update = tower.adapted()[name] - tower.visual.get_parameter(name)
+    torch.manual_seed(0)
+    dropped = tower.adapted(dropout=0.5)[name] - tower.visual.get_parameter(name)
+    columns = dropped.abs().sum(0) > 0
+    assert 0 < columns.sum() < len(columns)
+    torch.testing.assert_close(dropped[:, columns], 2 * update[:, columns], atol=1e-5, rtol=1e-4)
+    assert not torch.equal(tower(pixels), tower(pixels))
+    with torch.no_grad():
+        assert torch.equal(tower(pixels), tower(pixels))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_projection_tuning_moves_the_last_layer_only(kind: str, pixels: torch.Tensor, request: pytest.FixtureRequest):
+    clip: Clip = request.getfixturevalue(kind)
+    tower = _tuned(tuning.unfreeze_projection(clip))
+    merged = tuning.merge(clip, tower)
+    moved = {
+        name
+        for name, value in merged.model.visual.state_dict().items()
+        if not torch.equal(value, clip.model.visual.state_dict()[name])
+    }
+    assert moved == ({"proj"} if kind == "vit" else {"attnpool.c_proj.weight", "attnpool.c_proj.bias"})
+    assert (merged.encode_images(pixels) - clip.encode_images(pixels)).abs().max() > 1e-3
 
 
 def test_full_tuning_merges_and_leaves_f_r_alone(vit: Clip, pixels: torch.Tensor):

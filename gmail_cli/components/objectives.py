@@ -1,4 +1,4 @@
-"""What f_g is trained to do, and with which real image each generated image is paired (paper, section 3.2, Eq. 1).
+"""What f_g is trained to do (paper, section 3.2, Eq. 1).
 
 ``paper`` is Eq. 1 and nothing else. The other terms exist because Eq. 1 is not always the best choice: where captions
 name a class, the other real images of a batch are not negatives at all. Embeddings are unit rows throughout.
@@ -6,26 +6,63 @@ name a class, the other real images of a batch are not negatives at all. Embeddi
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
-from gmail_cli.errors import InputError, UsageError
+from gmail_cli.errors import UsageError
 
 NAMED = {"paper": "eq1", "recommended": "cosine"}
 """Named objectives: the paper's, and the one that served best in the experiments on real images."""
-Method: TypeAlias = Literal["auto", "caption", "random", "nearest", "optimal-transport"]
 Negatives: TypeAlias = Literal["mask", "mask-caption", "keep"]
-ASSIGNED_AT_ONCE = 2000
-"""Largest one-to-one assignment that optimal transport solves in one piece (its time grows with the cube)."""
+TERMS = (*("eq1", "symmetric", "cosine", "siglip", "stablerep", "text", "real-text", "hycd", "rafa", "coral", "mmd"),)
+PAIRED = frozenset({"eq1", "symmetric", "cosine", "siglip"})
+"""Terms that need to know which real image is a generated one's partner."""
+TEXTUAL = frozenset({"text", "real-text", "hycd"})
+"""Terms that look at the embeddings of the captions."""
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
+"""Where SigLIP's scale and bias start (Zhai et al. 2023)."""
+TEACHER_SHARE = 0.5
+"""Share of the teacher in the targets of ``hycd``; the rest is the caption itself."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """What the terms of an objective see of a batch; each says which fields it needs.
+
+    Attributes:
+        generated: f_g of the generated images.
+        real: f_r of their partners, row by row (of any real images, where there are no partners).
+        false_negatives: True at (i, j): real image j is no negative of generated image i.
+        same_caption: True at (i, j): rows i and j have one caption text.
+        siblings: True at (i, j): rows i and j were generated from one caption record.
+        texts: The captions through the frozen text tower.
+        before: f_r of the generated images.
+        anywhere: f_r of real images drawn at random, row by row.
+        seen: f_g of the partners.
+        bank: f_r of further real images, negatives all of them but for ``bank_false``.
+        bank_false: True at (i, j): bank image j is no negative of generated image i.
+    """
+
+    generated: Float[Tensor, "batch dim"]
+    real: Float[Tensor, "batch dim"]
+    false_negatives: Bool[Tensor, "batch batch"] | None = None
+    same_caption: Bool[Tensor, "batch batch"] | None = None
+    siblings: Bool[Tensor, "batch batch"] | None = None
+    texts: Float[Tensor, "batch dim"] | None = None
+    before: Float[Tensor, "batch dim"] | None = None
+    anywhere: Float[Tensor, "batch dim"] | None = None
+    seen: Float[Tensor, "batch dim"] | None = None
+    bank: Float[Tensor, "bank dim"] | None = None
+    bank_false: Bool[Tensor, "batch bank"] | None = None
 
 
 # -- terms ---------------------------------------------------------------------------------------------------------
@@ -35,10 +72,12 @@ def contrastive(
     generated: Float[Tensor, "batch dim"],
     real: Float[Tensor, "batch dim"],
     *,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     false_negatives: Bool[Tensor, "batch batch"] | None = None,
+    bank: Float[Tensor, "bank dim"] | None = None,
+    bank_false: Bool[Tensor, "batch bank"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Eq. 1: each generated image must find its real partner among the real images of the batch.
+    """Eq. 1: each generated image must find its real partner among the real images of the batch (and of the bank).
 
     ``-1/|B| sum_i log( exp(sim(g_i, r_i)/t) / sum_j exp(sim(g_i, r_j)/t) )``
 
@@ -47,17 +86,106 @@ def contrastive(
         real: f_r of their partners, row by row.
         temperature: t.
         false_negatives: True at (i, j) leaves r_j out of row i's sum; the diagonal always counts.
+        bank: Further negatives, beyond the paper (a memory bank; Wu et al. 2018).
+        bank_false: True at (i, j) leaves bank row j out of row i's sum.
     """
     logits = generated @ real.T / temperature
+    own = logits.diagonal()
     if false_negatives is not None:
-        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(false_negatives & ~own, -torch.inf)
-    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+        diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(false_negatives & ~diagonal, -torch.inf)
+    if bank is not None:
+        more = generated @ bank.T / temperature
+        logits = torch.cat([logits, more if bank_false is None else more.masked_fill(bank_false, -torch.inf)], dim=1)
+    return (logits.logsumexp(dim=1) - own).mean()
 
 
 def cosine_regression(generated: Float[Tensor, "batch dim"], real: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Mean of 1 - cosine between each generated image and its partner: no negatives at all."""
+    """Mean of 1 - cosine between each generated image and its partner: no negatives at all.
+
+    On unit rows the mean squared error is twice this.
+    """
     return (1 - (generated * real).sum(dim=-1)).mean()
+
+
+def sigmoid_pairs(
+    generated: Float[Tensor, "batch dim"],
+    real: Float[Tensor, "batch dim"],
+    *,
+    scale: Tensor,
+    bias: Tensor,
+    false_negatives: Bool[Tensor, "batch batch"] | None = None,
+    bank: Float[Tensor, "bank dim"] | None = None,
+    bank_false: Bool[Tensor, "batch bank"] | None = None,
+) -> Float[Tensor, ""]:
+    """SigLIP's loss (Zhai et al. 2023): every pair is judged on its own, partners as 1 and all others as 0.
+
+    ``-1/|B| sum_ij log sigmoid(z_ij (scale sim(g_i, r_j) + bias))``, z = 1 on the diagonal and -1 elsewhere.
+    """
+    logits = scale * generated @ real.T + bias
+    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    counted = logsigmoid(torch.where(own, logits, -logits))
+    if false_negatives is not None:
+        counted = counted.masked_fill(false_negatives & ~own, 0.0)
+    total = counted.sum()
+    if bank is not None:
+        more = logsigmoid(-(scale * generated @ bank.T + bias))
+        total = total + (more if bank_false is None else more.masked_fill(bank_false, 0.0)).sum()
+    return -total / len(logits)
+
+
+def multi_positive(
+    generated: Float[Tensor, "batch dim"], siblings: Bool[Tensor, "batch batch"], *, temperature: float | Tensor
+) -> Float[Tensor, ""]:
+    """StableRep's loss (Tian et al. 2023): the images of one caption find one another among all of the batch.
+
+    Cross-entropy between the softmax over all other images of the batch and the uniform distribution over those of
+    the same caption record. Rows without a sibling do not count; without any, the loss is 0.
+    """
+    own = torch.eye(len(generated), dtype=torch.bool, device=generated.device)
+    wanted = (siblings & ~own).to(generated.dtype)
+    logits = (generated @ generated.T / temperature).masked_fill(own, -torch.inf)
+    chances = logits.log_softmax(dim=1).masked_fill(own, 0.0)
+    counts = wanted.sum(dim=1)
+    rows = -(wanted * chances).sum(dim=1) / counts.clamp_min(1)
+    return rows.sum() / (counts > 0).sum().clamp_min(1)
+
+
+def text_contrast(
+    images: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    *,
+    temperature: float,
+    same_caption: Bool[Tensor, "batch batch"],
+) -> Float[Tensor, ""]:
+    """CLIP's symmetric loss (Radford et al. 2021) of images and captions; equal captions are no negatives."""
+    both = [(images, texts), (texts, images)]
+    return torch.stack(
+        [contrastive(a, b, temperature=temperature, false_negatives=same_caption) for a, b in both]
+    ).mean()
+
+
+def hybrid_distillation(
+    images: Float[Tensor, "batch dim"],
+    before: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    *,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """HyCD of CLIP-Refine (Yamaguchi et al. 2025): keep what f_r knew of image and text while fitting the pairs.
+
+    KL divergence from the mean of f_r's softmax over the batch's captions and the one-hot truth
+    (``TEACHER_SHARE`` each) to f_g's softmax, both from images to captions and back.
+    """
+    truth = torch.eye(len(images), device=images.device, dtype=images.dtype)
+    losses = []
+    for turn in (False, True):
+        student, teacher = images @ texts.T / temperature, before @ texts.T / temperature
+        if turn:
+            student, teacher = student.T, teacher.T
+        target = TEACHER_SHARE * teacher.softmax(dim=1) + (1 - TEACHER_SHARE) * truth
+        losses.append((torch.xlogy(target, target) - target * student.log_softmax(dim=1)).sum(dim=1).mean())
+    return torch.stack(losses).mean()
 
 
 def moment_matching(generated: Float[Tensor, "batch dim"], real: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
@@ -82,7 +210,24 @@ def mean_discrepancy(generated: Float[Tensor, "batch dim"], real: Float[Tensor, 
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
 
-_TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?)\*)?(?P<name>eq1|symmetric|cosine|coral|mmd)")
+_TERM = re.compile(rf"(?:(?P<weight>\d+(?:\.\d+)?)\*)?(?P<name>{'|'.join(TERMS)})")
+
+
+class Scales(nn.Module):
+    """What an objective learns beside f_g: its temperature, where asked to, and SigLIP's scale and bias."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        learned = objective.learn_temperature and objective.contrasts
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(objective.temperature)), requires_grad=learned)
+        siglip = "siglip" in objective.names
+        self.siglip_log_scale = nn.Parameter(torch.tensor(math.log(SIGLIP_SCALE)), requires_grad=siglip)
+        self.siglip_bias = nn.Parameter(torch.tensor(SIGLIP_BIAS), requires_grad=siglip)
+
+    @property
+    def temperature(self) -> Tensor:
+        """Of ``eq1``, ``symmetric`` and ``stablerep``; not below 0.01, CLIP's bound."""
+        return torch.exp(-self.log_scale).clamp_min(0.01)
 
 
 @dataclass(frozen=True)
@@ -90,15 +235,19 @@ class Objective:
     """A weighted sum of terms.
 
     Attributes:
-        terms: (name, weight) of ``eq1``, ``symmetric`` (the mean of Eq. 1 both ways), ``cosine``, ``coral``, ``mmd``.
-        temperature: Of ``eq1`` and ``symmetric``.
+        terms: (name, weight), the names out of ``TERMS``.
+        temperature: Of ``eq1``, ``symmetric`` and ``stablerep``; where it starts when learned.
+        learn_temperature: Whether it is learned.
+        text_temperature: Of ``text``, ``real-text`` and ``hycd``: the model's own.
     """
 
     terms: tuple[tuple[str, float], ...]
     temperature: float = 0.07
+    learn_temperature: bool = False
+    text_temperature: float = 0.01
 
     @classmethod
-    def parse(cls, text: str, *, temperature: float = 0.07) -> Objective:
+    def parse(cls, text: str, *, temperature: float = 0.07, learn_temperature: bool = False) -> Objective:
         """Read ``paper``, ``recommended`` or a sum such as ``cosine+0.5*eq1``.
 
         Raises:
@@ -107,44 +256,89 @@ class Objective:
         found = [_TERM.fullmatch(part) for part in NAMED.get(text, text).split("+")]
         terms = [(match["name"], float(match["weight"] or 1)) for match in found if match]
         if len(terms) < len(found) or not all(weight > 0 for _, weight in terms):
-            hint = "Write paper, recommended, or a sum of eq1, symmetric, cosine, coral and mmd: cosine+0.5*eq1."
+            hint = f"Write paper, recommended, or a sum of {', '.join(TERMS)}: cosine+0.5*eq1."
             raise UsageError(f"align.objective = {text!r} is no objective", hint=hint)
-        return cls(tuple(terms), temperature)
+        return cls(tuple(terms), temperature, learn_temperature)
 
     def __str__(self) -> str:
         return "+".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in self.terms)
 
     @property
+    def names(self) -> frozenset[str]:
+        """The names of its terms."""
+        return frozenset(name for name, _ in self.terms)
+
+    @property
     def contrasts(self) -> bool:
-        """Whether any term has negatives (and so a temperature)."""
-        return any(name in {"eq1", "symmetric"} for name, _ in self.terms)
+        """Whether any term has the temperature."""
+        return bool(self.names & {"eq1", "symmetric", "stablerep"})
 
-    def __call__(
-        self,
-        generated: Float[Tensor, "batch dim"],
-        real: Float[Tensor, "batch dim"],
-        *,
-        false_negatives: Bool[Tensor, "batch batch"] | None = None,
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    @property
+    def has_negatives(self) -> bool:
+        """Whether any term holds real images of a batch against generated ones."""
+        return bool(self.names & {"eq1", "symmetric", "siglip"})
+
+    def __call__(self, batch: Batch, scales: Scales | None = None) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss, and each term's value before its weight."""
+        scales = scales or Scales(self)
+        values = {name: self._term(name, batch, scales) for name, _ in self.terms}
+        loss = torch.stack([weight * values[name] for name, weight in self.terms]).sum()
+        told = {name: value.detach() for name, value in values.items()}
+        if self.learn_temperature and self.contrasts:
+            told["temperature"] = scales.temperature.detach()
+        return loss, told
 
-        def eq1(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-            return contrastive(a, b, temperature=self.temperature, false_negatives=mask)
+    def _term(self, name: str, batch: Batch, scales: Scales) -> Tensor:
+        generated, real, mask = batch.generated, batch.real, batch.false_negatives
+        temperature = scales.temperature.to(generated) if self.learn_temperature else self.temperature
+        bank = {"bank": batch.bank, "bank_false": batch.bank_false}
+
+        def eq1() -> Tensor:
+            return contrastive(generated, real, temperature=temperature, false_negatives=mask, **bank)
 
         def symmetric() -> Tensor:
-            turned = None if false_negatives is None else false_negatives.T
-            return (eq1(generated, real, false_negatives) + eq1(real, generated, turned)) / 2
+            turned = None if mask is None else mask.T
+            return (eq1() + contrastive(real, generated, temperature=temperature, false_negatives=turned)) / 2
+
+        def siglip() -> Tensor:
+            scale, bias = scales.siglip_log_scale.exp().to(generated), scales.siglip_bias.to(generated)
+            return sigmoid_pairs(generated, real, scale=scale, bias=bias, false_negatives=mask, **bank)
+
+        def stablerep() -> Tensor:
+            return multi_positive(generated, _there(batch.siblings), temperature=temperature)
+
+        def text(images: Tensor) -> Tensor:
+            return text_contrast(
+                images,
+                _there(batch.texts),
+                temperature=self.text_temperature,
+                same_caption=_there(batch.same_caption),
+            )
+
+        def hycd() -> Tensor:
+            return hybrid_distillation(
+                generated, _there(batch.before), _there(batch.texts), temperature=self.text_temperature
+            )
 
         functions: Mapping[str, Callable[[], Tensor]] = {
-            "eq1": lambda: eq1(generated, real, false_negatives),
+            "eq1": eq1,
             "symmetric": symmetric,
             "cosine": lambda: cosine_regression(generated, real),
+            "siglip": siglip,
+            "stablerep": stablerep,
+            "text": lambda: text(generated),
+            "real-text": lambda: text(_there(batch.seen)),
+            "hycd": hycd,
+            "rafa": lambda: cosine_regression(generated, _there(batch.anywhere)),
             "coral": lambda: moment_matching(generated, real),
             "mmd": lambda: mean_discrepancy(generated, real),
         }
-        values = {name: functions[name]() for name, _ in self.terms}
-        loss = torch.stack([weight * values[name] for name, weight in self.terms]).sum()
-        return loss, {name: value.detach() for name, value in values.items()}
+        return functions[name]()
+
+
+def _there(value: Tensor | None) -> Tensor:
+    assert value is not None, "the batch lacks what the objective needs"
+    return value
 
 
 def false_negatives(
@@ -163,181 +357,3 @@ def false_negatives(
     if mode == "mask-caption":
         same |= captions[:, None] == captions[None, :]
     return torch.from_numpy(same)
-
-
-# -- partners ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Pairing:
-    """The real images each generated image may be paired with.
-
-    Attributes:
-        method: How they were found: ``caption``, ``random``, ``nearest`` or ``optimal-transport``.
-        candidates: Real rows; those of generated row i are ``candidates[start[i] : start[i] + size[i]]``.
-        start: Where each generated row's candidates begin.
-        size: How many it has; above 1 one is drawn anew at each step.
-    """
-
-    method: str
-    candidates: Int[np.ndarray, " candidates"]
-    start: Int[np.ndarray, " generated"]
-    size: Int[np.ndarray, " generated"]
-
-    def rows(self, indices: Int[np.ndarray, " batch"], *, seed: int) -> Int[np.ndarray, " batch"]:
-        """The real row of each generated row; ``seed`` decides where there is a choice."""
-        drawn = np.random.default_rng(seed).random(len(indices))
-        return self.candidates[self.start[indices] + (drawn * self.size[indices]).astype(np.int64)]
-
-    def with_candidates(self, rows: Int[np.ndarray, " real"]) -> Pairing:
-        """The same pairing where real image i of the pairing is row ``rows[i]`` of a larger table."""
-        return dataclasses.replace(self, candidates=rows[self.candidates])
-
-
-@dataclass(frozen=True)
-class RealImage:
-    """What pairing needs to know of a real image: its id, its captions' texts and its class."""
-
-    id: str
-    texts: frozenset[str]
-    label: str | None = None
-
-
-@dataclass(frozen=True)
-class GeneratedFrom:
-    """What pairing needs to know of a generated image: the caption it was drawn from, its owner and its class."""
-
-    owner: str
-    text: str
-    label: str | None = None
-
-
-def pair(
-    generated: Sequence[GeneratedFrom],
-    real: Sequence[RealImage],
-    *,
-    method: Method = "auto",
-    generated_vectors: Float[np.ndarray, "generated dim"] | None = None,
-    real_vectors: Float[np.ndarray, "real dim"] | None = None,
-    seed: int = 0,
-) -> Pairing:
-    """Find the real images that each generated image is trained towards.
-
-    ``caption`` takes the image that the caption describes (its owner). The others choose among all real images of the
-    same caption text (or class, where no image has the text): ``random`` draws one anew each time, ``nearest`` takes
-    the most similar under f_r, ``optimal-transport`` the one-to-one assignment of greatest total similarity.
-    ``auto`` is ``caption`` where owners are at hand and ``random`` elsewhere.
-
-    Args:
-        generated: One entry for each generated image.
-        real: One entry for each real image.
-        method: See above.
-        generated_vectors: f_r of the generated images; for ``nearest`` and ``optimal-transport``.
-        real_vectors: f_r of the real images; likewise.
-        seed: Of the pieces that a large assignment is cut into.
-
-    Raises:
-        InputError: Some generated image has no partner.
-    """
-    row_of = {image.id: row for row, image in enumerate(real)}
-    owned = [row_of.get(image.owner, -1) for image in generated]
-    if method == "auto":
-        method = "caption" if owned and min(owned) >= 0 else "random"
-    if method == "caption":
-        _require_all(owned, generated, what="owner's image", hint="Set align.pairing=random.")
-        return _fixed(method, np.array(owned, dtype=np.int64))
-
-    groups = _groups(real)
-    keys = [_key(image, groups) for image in generated]
-    _require_all([0 if key else -1 for key in keys], generated, what="real image of its caption", hint="")
-    members: dict[tuple[str, str], list[int]] = {}
-    for row, key in enumerate(keys):
-        members.setdefault(key or ("", ""), []).append(row)
-    if method == "random":
-        start, size = np.zeros(len(keys), dtype=np.int64), np.zeros(len(keys), dtype=np.int64)
-        pieces: list[int] = []
-        for key, rows in members.items():
-            start[rows], size[rows] = len(pieces), len(groups[key])
-            pieces += groups[key]
-        return Pairing(method, np.array(pieces, dtype=np.int64), start, size)
-
-    assert generated_vectors is not None, "nearest and optimal-transport need f_r of both"
-    assert real_vectors is not None, "nearest and optimal-transport need f_r of both"
-    chosen = np.full(len(keys), -1, dtype=np.int64)
-    choose = _nearest if method == "nearest" else _assigned
-    for key, rows in members.items():
-        there = np.array(groups[key], dtype=np.int64)
-        rng = np.random.default_rng(seed)
-        chosen[rows] = there[choose(generated_vectors[rows], real_vectors[there], rng)]
-    return _fixed(method, chosen)
-
-
-def has_partner(generated: Sequence[GeneratedFrom], real: Sequence[RealImage]) -> Bool[np.ndarray, " generated"]:
-    """Which generated images have their owner, or an image of their caption text or class, among ``real``."""
-    ids, groups = {image.id for image in real}, _groups(real)
-    return np.array([image.owner in ids or _key(image, groups) is not None for image in generated], dtype=bool)
-
-
-def _groups(real: Sequence[RealImage]) -> dict[tuple[str, str], list[int]]:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row, image in enumerate(real):
-        for text in sorted(image.texts):
-            groups.setdefault(("text", text), []).append(row)
-        if image.label is not None:
-            groups.setdefault(("label", image.label), []).append(row)
-    return groups
-
-
-def _key(image: GeneratedFrom, groups: Mapping[tuple[str, str], list[int]]) -> tuple[str, str] | None:
-    wanted = [("text", image.text)] + ([("label", image.label)] if image.label is not None else [])
-    return next((key for key in wanted if key in groups), None)
-
-
-def _require_all(rows: Sequence[int], generated: Sequence[GeneratedFrom], *, what: str, hint: str) -> None:
-    missing = [image for row, image in zip(rows, generated, strict=True) if row < 0]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(generated)} generated images have no {what} among the real images, "
-            f"such as {missing[0].text!r} (owner {missing[0].owner!r})",
-            hint=hint or "Give the real images of these captions as data.train.",
-        )
-
-
-def _fixed(method: str, rows: Int[np.ndarray, " generated"]) -> Pairing:
-    return Pairing(method, rows, np.arange(len(rows)), np.ones(len(rows), dtype=np.int64))
-
-
-def _nearest(
-    generated: Float[np.ndarray, "generated dim"], real: Float[np.ndarray, "real dim"], _rng: np.random.Generator
-) -> Int[np.ndarray, " generated"]:
-    pieces = [generated[start : start + 1024] @ real.T for start in range(0, len(generated), 1024)]
-    return np.concatenate([piece.argmax(axis=1) for piece in pieces])
-
-
-def _assigned(
-    generated: Float[np.ndarray, "generated dim"], real: Float[np.ndarray, "real dim"], rng: np.random.Generator
-) -> Int[np.ndarray, " generated"]:
-    """One-to-one within random pieces of at most ``ASSIGNED_AT_ONCE`` (minibatch optimal transport)."""
-    from scipy.optimize import linear_sum_assignment
-
-    step = min(len(real), ASSIGNED_AT_ONCE)
-    order = rng.permutation(len(generated))
-    left = rng.permutation(len(real))
-    chosen = np.empty(len(generated), dtype=np.int64)
-    for start in range(0, len(order), step):
-        rows = order[start : start + step]
-        if len(left) < len(rows):
-            left = rng.permutation(len(real))
-        there, left = left[:step], left[step:]
-        _, best = linear_sum_assignment(generated[rows] @ real[there].T, maximize=True)
-        chosen[rows] = there[best]
-    return chosen
-
-
-def held_out(identity: str, *, share: float, seed: int) -> bool:
-    """Whether an image is kept out of training: about ``share`` of them, by a hash of seed and id.
-
-    The same answer wherever it is asked, so that what comes later can judge by images alignment never saw.
-    """
-    digest = hashlib.sha256(f"align\x1f{seed}\x1f{identity}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64

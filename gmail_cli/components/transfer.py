@@ -22,7 +22,8 @@ from gmail_cli.components.heads import Residual
 from gmail_cli.components.loop import batch_indices
 from gmail_cli.components.metrics import gap
 from gmail_cli.components.metrics.retrieval import retrieval_ranks
-from gmail_cli.components.objectives import NAMED, GeneratedFrom, Pairing, RealImage
+from gmail_cli.components.objectives import NAMED
+from gmail_cli.components.partners import GeneratedFrom, Pairing, RealImage
 from gmail_cli.components.tasks import contrastive_loss
 
 PENALTY = 0.1

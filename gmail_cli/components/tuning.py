@@ -37,14 +37,21 @@ class TunedTower(nn.Module):
     but the batch. Without an adapter every weight is trained.
     """
 
-    def __init__(self, visual: nn.Module, adapter: PeftModel | None = None) -> None:
+    def __init__(self, visual: nn.Module, adapter: PeftModel | None = None, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.visual = visual
         self.adapter = adapter
+        self.dropout = dropout
         self.eval()
 
-    def adapted(self) -> dict[str, Tensor]:
-        """Name -> ``W + scale * B A`` of each weight the adapter changes; empty without one."""
+    def adapted(self, *, dropout: float = 0.0) -> dict[str, Tensor]:
+        """Name -> ``W + scale * B A`` of each weight the adapter changes; empty without one.
+
+        With DoRA that sum's rows are brought to the learned lengths; as in peft, no gradient goes through their norms.
+
+        Args:
+            dropout: Share of the inputs (columns of A) that the update does not see, drawn from torch's generator.
+        """
         if self.adapter is None:
             return {}
         from peft.tuners.lora import LoraLayer
@@ -54,12 +61,22 @@ class TunedTower(nn.Module):
             if isinstance(layer, LoraLayer):
                 fused = isinstance(layer.get_base_layer(), nn.MultiheadAttention)
                 name = path.replace(".base_layer", "") + (".in_proj_weight" if fused else ".weight")
-                weights[name] = self.visual.get_parameter(name) + layer.get_delta_weight("default")
+                update = layer.get_delta_weight("default")
+                if dropout:
+                    kept = torch.rand(update.shape[1], device=update.device) >= dropout
+                    update = update * (kept / (1 - dropout)).view(1, -1, *[1] * (update.ndim - 2))
+                weight = self.visual.get_parameter(name) + update
+                if layer.use_dora.get("default"):
+                    lengths = layer.lora_magnitude_vector["default"].weight.view(-1, *[1] * (weight.ndim - 1))
+                    norms = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1)
+                    weight = lengths / norms.view_as(lengths) * weight
+                weights[name] = weight
         return weights
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Unit embeddings, differentiable."""
-        features = torch.func.functional_call(self.visual, self.adapted(), (pixels,))
+        """Unit embeddings, differentiable; with dropout wherever gradients are wanted."""
+        dropout = self.dropout if torch.is_grad_enabled() else 0.0
+        features = torch.func.functional_call(self.visual, self.adapted(dropout=dropout), (pixels,))
         return nn.functional.normalize(features.float(), dim=-1)
 
     @property
@@ -84,7 +101,15 @@ def lora_targets(visual: nn.Module) -> tuple[str, ...]:
 
 
 def add_lora(
-    clip: Clip, *, rank: int = 4, alpha: float = 8.0, targets: Sequence[str] = (), seed: int = 0
+    clip: Clip,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    targets: Sequence[str] = (),
+    dropout: float = 0.0,
+    rank_stabilised: bool = False,
+    decomposed: bool = False,
+    seed: int = 0,
 ) -> TunedTower:
     """A copy of ``clip``'s image tower that trains a low-rank update of its weights (Hu et al. 2022).
 
@@ -93,6 +118,10 @@ def add_lora(
         rank: Rank of each update (the paper: 4).
         alpha: The update is scaled by ``alpha / rank``.
         targets: Names of modules to tune, as peft matches them; empty takes :func:`lora_targets`.
+        dropout: Share of each module's inputs that the update does not see in a training step, one draw for all
+            positions and images of the batch (peft's own dropout cannot reach fused attention).
+        rank_stabilised: Scale by ``alpha / sqrt(rank)`` (rsLoRA, Kalajdzievski 2023).
+        decomposed: Learn the lengths of the weights' rows apart (DoRA, Liu et al. 2024).
         seed: Of the initial A; B starts at zero, so f_g starts as f_r.
 
     Raises:
@@ -100,8 +129,13 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = sorted(targets or lora_targets(clip.model.visual))
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    chosen = targets or lora_targets(clip.model.visual)
+    if decomposed and not targets:
+        chosen = [name for name in chosen if name != "attn"]  # peft has no DoRA for a fused nn.MultiheadAttention
+    targets = sorted(chosen)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets, use_rslora=rank_stabilised, use_dora=decomposed
+    )
     visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -113,12 +147,39 @@ def add_lora(
     for name, parameter in adapter.named_parameters():
         if ".out_proj." in name:
             parameter.requires_grad_(False)
-    return TunedTower(visual, adapter)
+    return TunedTower(visual, adapter, dropout=dropout)
 
 
 def unfreeze(clip: Clip) -> TunedTower:
     """A copy of ``clip``'s image tower that trains every weight (the paper's Table 11, "full")."""
     return TunedTower(copy.deepcopy(clip.model.visual).requires_grad_(True))
+
+
+def unfreeze_projection(clip: Clip) -> TunedTower:
+    """A copy of ``clip``'s image tower that trains its last layer only: the map into the joint space.
+
+    Raises:
+        UsageError: The tower has none that we know.
+    """
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+
+    visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
+    last = (
+        "attnpool.c_proj."
+        if isinstance(visual, ModifiedResNet)
+        else "head."
+        if isinstance(visual, TimmModel)
+        else "proj"
+    )
+    found = [parameter for name, parameter in visual.named_parameters() if name.startswith(last)]
+    if not found:
+        raise UsageError(
+            f"align.method = 'projection': the image tower of {clip.name} has no projection", hint="Use lora or full."
+        )
+    for parameter in found:
+        parameter.requires_grad_(True)
+    return TunedTower(visual)
 
 
 def save_adapter(tower: TunedTower, folder: Path, *, base: str) -> None:

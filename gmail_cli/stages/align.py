@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
 from gmail_cli.components.captions import Dataset
+from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from gmail_cli.components.encoders import Clip
     from gmail_cli.components.images import GeneratedSet
-    from gmail_cli.components.objectives import GeneratedFrom, Objective, Pairing, RealImage
+    from gmail_cli.components.objectives import Batch, Objective
+    from gmail_cli.components.partners import GeneratedFrom, Pairing, RealImage
     from gmail_cli.components.pixels import Pixels
     from gmail_cli.components.tuning import TunedTower
 
-VERSION = 2
+VERSION = 3
 TRANSFER_ROWS = 20_000
 """Most generated training images that transfer is fitted on."""
 JUDGED = 5_000
@@ -84,9 +87,11 @@ def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
     align = profile.align
     objective = _objective(profile)
     chosen = {**settings(align), "objective": str(objective)}
-    unused = [] if align.method == "lora" else ["lora_rank", "lora_alpha", "lora_targets"]
+    lora = ["lora_rank", "lora_alpha", "lora_rank_stabilised", "lora_dropout", "lora_targets"]
+    unused = [] if align.method in {"lora", "dora"} else lora
     unused += [] if align.schedule == "cosine-restarts" else ["cycles"]
-    unused += [] if objective.contrasts else ["temperature", "false_negatives"]
+    unused += [] if objective.contrasts else ["temperature", "learn_temperature"]
+    unused += [] if objective.has_negatives else ["false_negatives", "bank"]
     for name in unused:
         del chosen[name]
     return StageKey(
@@ -100,9 +105,19 @@ def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
 
 
 def _objective(profile: Profile) -> Objective:
-    from gmail_cli.components.objectives import Objective
+    from gmail_cli.components.objectives import PAIRED, Objective
 
-    return Objective.parse(profile.align.objective, temperature=profile.align.temperature)
+    align = profile.align
+    objective = Objective.parse(
+        align.objective, temperature=align.temperature, learn_temperature=align.learn_temperature
+    )
+    if align.pairing == "unpaired" and objective.names & (PAIRED | {"real-text"}):
+        named = sorted(objective.names & (PAIRED | {"real-text"}))
+        raise UsageError(
+            f"align.pairing = 'unpaired' gives no partners, and {', '.join(named)} needs them",
+            hint="Use coral, mmd, text, hycd, rafa or stablerep, such as align.objective=text+coral.",
+        )
+    return objective
 
 
 # -- making it ---------------------------------------------------------------------------------------------------
@@ -115,22 +130,25 @@ class _Work:
     Attributes:
         clip: f_r.
         pixels: The generated images.
+        real_pixels: The real images, row by row of ``real``; only where the objective looks at them.
         generated, real: What pairing knows of each row.
         targets: f_r of the real images.
         before: f_r of the generated images.
         train, held: Generated rows to train on and to judge by.
-        held_real: Real rows to judge by.
+        learn, held_real: Real rows to train with and to judge by.
         pairing: Of the generated rows in ``train``, in that order; its candidates are real rows.
     """
 
     clip: Clip
     pixels: Pixels
+    real_pixels: Pixels | None
     generated: Sequence[GeneratedFrom]
     real: Sequence[RealImage]
     targets: np.ndarray
     before: np.ndarray
     train: np.ndarray
     held: np.ndarray
+    learn: np.ndarray
     held_real: np.ndarray
     pairing: Pairing
 
@@ -139,9 +157,10 @@ def _prepare(profile: Profile, slot: Slot, dataset: Dataset, artifact: Artifact)
     import numpy as np
     import torch
 
-    from gmail_cli.components import encoders, objectives
+    from gmail_cli.components import encoders
+    from gmail_cli.components import partners as partnership
     from gmail_cli.components.images import GeneratedSet
-    from gmail_cli.components.objectives import GeneratedFrom
+    from gmail_cli.components.partners import GeneratedFrom
     from gmail_cli.components.pixels import Pixels
 
     align, runtime = profile.align, profile.runtime
@@ -157,7 +176,7 @@ def _prepare(profile: Profile, slot: Slot, dataset: Dataset, artifact: Artifact)
     )
     images = GeneratedSet.load(artifact.path)
     generated = [GeneratedFrom(row.owner, row.caption, row.label) for row in images.rows]
-    used, real = _partners(dataset, images)
+    used, real = _partners(dataset, images, every=align.pairing == "unpaired")
     pixels = Pixels(images.image_bytes, len(images), preprocess=clip.preprocess, device=device, workers=runtime.workers)
 
     def embed_real() -> np.ndarray:
@@ -170,12 +189,12 @@ def _prepare(profile: Profile, slot: Slot, dataset: Dataset, artifact: Artifact)
 
     def held(ids: list[str]) -> np.ndarray:
         return np.array(
-            [objectives.held_out(each, share=align.validation, seed=profile.seed) for each in ids], dtype=bool
+            [partnership.held_out(each, share=align.validation, seed=profile.seed) for each in ids], dtype=bool
         )
 
     is_held, real_held = held([image.owner for image in generated]), held([image.id for image in real])
     train, learn = np.flatnonzero(~is_held), np.flatnonzero(~real_held)
-    pairing = objectives.pair(
+    pairing = partnership.pair(
         [generated[row] for row in train],
         [real[row] for row in learn],
         method=align.pairing,
@@ -183,23 +202,34 @@ def _prepare(profile: Profile, slot: Slot, dataset: Dataset, artifact: Artifact)
         real_vectors=targets[learn],
         seed=profile.seed,
     ).with_candidates(learn)
+    real_pixels = None
+    if "real-text" in _objective(profile).names:
+        real_pixels = Pixels(
+            lambda row: dataset.image_bytes(used[row]),
+            len(used),
+            preprocess=clip.preprocess,
+            device=device,
+            workers=runtime.workers,
+        )
     return _Work(
         clip=clip,
         pixels=pixels,
+        real_pixels=real_pixels,
         generated=generated,
         real=real,
         targets=targets,
         before=before,
         train=train,
         held=np.flatnonzero(is_held),
+        learn=learn,
         held_real=np.flatnonzero(real_held),
         pairing=pairing,
     )
 
 
-def _partners(dataset: Dataset, images: GeneratedSet) -> tuple[list[int], list[RealImage]]:
-    """The real images that could be anyone's partner: owners, and images of the same caption text or class."""
-    from gmail_cli.components.objectives import RealImage
+def _partners(dataset: Dataset, images: GeneratedSet, *, every: bool) -> tuple[list[int], list[RealImage]]:
+    """The real images that could be anyone's partner: owners, and images of the same caption text or class; or all."""
+    from gmail_cli.components.partners import RealImage
 
     owners = {row.owner for row in images.rows}
     texts = {row.caption for row in images.rows}
@@ -207,7 +237,7 @@ def _partners(dataset: Dataset, images: GeneratedSet) -> tuple[list[int], list[R
     used, real = [], []
     for row, image in enumerate(dataset.images):
         own = frozenset(caption.text for caption in dataset.captions_of(image.id) if caption.kind == "short")
-        if image.id in owners or own & texts or image.label in labels:
+        if every or image.id in owners or own & texts or image.label in labels:
             used.append(row)
             real.append(RealImage(image.id, own, image.label))
     return used, real
@@ -230,36 +260,164 @@ def _embed(clip: Clip, pixels: Pixels, rows: np.ndarray, *, batch_size: int = 25
     return np.concatenate(parts) if parts else np.empty((0, clip.dim), dtype=np.float32)
 
 
-def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | None) -> TunedTower:
-    import numpy as np
-    import torch
-
-    from gmail_cli.components import objectives, tuning
-    from gmail_cli.components.loop import Recipe, batch_indices, fit, seed_from
+def _tower(profile: Profile, clip: Clip) -> TunedTower:
+    from gmail_cli.components import tuning
 
     align = profile.align
     if align.method == "full":
-        tower = tuning.unfreeze(work.clip)
-    else:
-        tower = tuning.add_lora(
-            work.clip, rank=align.lora_rank, alpha=align.lora_alpha, targets=align.lora_targets, seed=profile.seed
+        return tuning.unfreeze(clip)
+    if align.method == "projection":
+        return tuning.unfreeze_projection(clip)
+    return tuning.add_lora(
+        clip,
+        rank=align.lora_rank,
+        alpha=align.lora_alpha,
+        targets=align.lora_targets,
+        dropout=align.lora_dropout,
+        rank_stabilised=align.lora_rank_stabilised,
+        decomposed=align.method == "dora",
+        seed=profile.seed,
+    )
+
+
+class _Batches:
+    """What the objective sees at each step; a function of the step and the seed alone."""
+
+    def __init__(self, profile: Profile, work: _Work, tower: TunedTower, objective: Objective) -> None:
+        import numpy as np
+        import torch
+
+        from gmail_cli.components import encoders
+        from gmail_cli.components.objectives import TEXTUAL
+
+        self._align, self._seed, self._work, self._tower = profile.align, profile.seed, work, tower
+        self._names = objective.names
+        self._device = work.clip.device
+        self._targets = torch.from_numpy(work.targets).to(self._device)
+        texts = {text: number for number, text in enumerate(sorted({image.text for image in work.generated}))}
+        self._captions = np.array([texts[image.text] for image in work.generated])[work.train]
+        records: dict[tuple[str, str], int] = {}
+        self._records = np.array(
+            [records.setdefault((image.owner, image.text), len(records)) for image in work.generated]
+        )[work.train]
+        self._shows = [[texts[text] for text in image.texts if text in texts] for image in work.real]
+        self._texts = None
+        if self._names & TEXTUAL:
+            self._texts = torch.from_numpy(encoders.embed_texts(work.clip, list(texts))[0]).to(self._device)
+        self._before = torch.from_numpy(work.before).to(self._device) if "hycd" in self._names else None
+        self._groups = self._by_record() if "stablerep" in self._names else None
+
+    def _by_record(self) -> list[np.ndarray]:
+        import numpy as np
+
+        order = np.argsort(self._records, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(self._records[order])) + 1)
+        if max(map(len, groups)) < 2:
+            raise InputError(
+                "align.objective: stablerep needs several generated images of a caption, and there is one of each",
+                hint="Generate more with --per-caption, or leave the term out.",
+            )
+        return groups
+
+    def rows(self, step: int) -> np.ndarray:
+        """Training rows of a step; whole captions at a time where images of one caption must meet."""
+        import numpy as np
+
+        from gmail_cli.components.loop import batch_indices
+
+        if self._groups is None:
+            return batch_indices(len(self._work.train), self._align.batch_size, seed=self._seed, step=step)
+        count = max(1, self._align.batch_size // max(map(len, self._groups)))
+        chosen = batch_indices(len(self._groups), count, seed=self._seed, step=step)
+        return np.concatenate([self._groups[group] for group in chosen])
+
+    def __call__(self, indices: torch.Tensor, step: int) -> Batch:
+        import torch
+
+        from gmail_cli.components.loop import seed_from
+        from gmail_cli.components.objectives import Batch, false_negatives
+
+        work, rows = self._work, indices.numpy()
+        partners = work.pairing.rows(rows, seed=seed_from("partner", self._seed, step))
+        captions = self._captions[rows]
+        pixels = work.pixels[work.train[rows]]
+        work.pixels.prefetch(work.train[self.rows(step + 1)])
+        with work.clip.autocast():
+            embedded = self._tower(pixels)
+            seen = None
+            if work.real_pixels is not None:
+                seen = self._tower(work.real_pixels[partners])
+        bank, bank_false = self._bank(partners, captions, step=step)
+        anywhere = None
+        if "rafa" in self._names:
+            anywhere = self._targets[torch.from_numpy(self._random(len(rows), "anywhere", step=step))]
+        return Batch(
+            generated=embedded,
+            real=self._targets[torch.from_numpy(partners)],
+            false_negatives=self._mask(false_negatives(partners, captions=captions, mode=self._align.false_negatives)),
+            same_caption=self._mask(torch.from_numpy(captions[:, None] == captions)),
+            siblings=self._mask(torch.from_numpy(self._records[rows][:, None] == self._records[rows])),
+            texts=None if self._texts is None else self._texts[torch.from_numpy(captions)],
+            before=None if self._before is None else self._before[torch.from_numpy(work.train[rows])],
+            anywhere=anywhere,
+            seen=seen,
+            bank=bank,
+            bank_false=bank_false,
         )
-    objective = _objective(profile)
-    targets = torch.from_numpy(work.targets).to(work.clip.device)
-    names = {text: number for number, text in enumerate(sorted({image.text for image in work.generated}))}
-    captions = np.array([names[image.text] for image in work.generated])[work.train]
+
+    def _random(self, count: int, what: str, *, step: int) -> np.ndarray:
+        import numpy as np
+
+        from gmail_cli.components.loop import seed_from
+
+        return np.random.default_rng(seed_from(what, self._seed, step)).choice(self._work.learn, count)
+
+    def _mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        return None if mask is None else mask.to(self._device)
+
+    def _bank(
+        self, partners: np.ndarray, captions: np.ndarray, *, step: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Real images beyond the batch, and which of them are no negatives: partners, and more as ``mask-caption``."""
+        import numpy as np
+        import torch
+
+        from gmail_cli.components.loop import seed_from
+
+        if not self._align.bank:
+            return None, None
+        learn, size = self._work.learn, self._align.bank
+        if size < len(learn):
+            rng = np.random.default_rng(seed_from("bank", self._seed, step))
+            learn = np.sort(rng.choice(learn, size, replace=False))
+        false = np.isin(learn, partners)[None, :].repeat(len(partners), axis=0)
+        if self._align.false_negatives == "mask-caption":
+            number = {int(row): place for place, row in enumerate(learn)}
+            shown: dict[int, list[int]] = {}
+            for row, place in number.items():
+                for text in self._shows[row]:
+                    shown.setdefault(text, []).append(place)
+            for place, text in enumerate(captions.tolist()):
+                false[place, shown.get(text, [])] = True
+        return self._targets[torch.from_numpy(learn)], torch.from_numpy(false).to(self._device)
+
+
+def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | None) -> TunedTower:
+    import dataclasses
+
+    from torch import nn
+
+    from gmail_cli.components.loop import Recipe, fit
+    from gmail_cli.components.objectives import Scales
+
+    align = profile.align
+    tower = _tower(profile, work.clip)
+    objective = dataclasses.replace(_objective(profile), text_temperature=1 / _text_scale(work.clip))
+    scales = Scales(objective).to(work.clip.device)
+    batches = _Batches(profile, work, tower, objective)
 
     def loss(indices: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rows = indices.numpy()
-        partners = work.pairing.rows(rows, seed=seed_from("partner", profile.seed, step))
-        mask = objectives.false_negatives(partners, captions=captions[rows], mode=align.false_negatives)
-        pixels = work.pixels[work.train[rows]]
-        upcoming = batch_indices(len(work.train), align.batch_size, seed=profile.seed, step=step + 1)
-        work.pixels.prefetch(work.train[upcoming])
-        with work.clip.autocast():
-            embedded = tower(pixels)
-        real = targets[torch.from_numpy(partners).to(targets.device)]
-        return objective(embedded, real, false_negatives=None if mask is None else mask.to(real.device))
+        return objective(batches(indices, step), scales)
 
     recipe = Recipe(
         steps=align.steps,
@@ -273,9 +431,9 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
         seed=profile.seed,
     )
     curve = fit(
-        tower,
+        nn.ModuleList([tower, scales]),
         loss=loss,
-        rows=len(work.train),
+        rows=batches.rows,
         recipe=recipe,
         checkpoints=slot.checkpoints("tower"),
         checkpoint_seconds=profile.runtime.checkpoint_seconds,
@@ -283,6 +441,13 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
     )
     slot.write_jsonl("metrics.jsonl", curve)
     return tower
+
+
+def _text_scale(clip: Clip) -> float:
+    """The model's own inverse temperature between images and texts."""
+    from gmail_cli.components.tasks import LARGEST_SCALE
+
+    return min(float(clip.model.logit_scale.exp()), LARGEST_SCALE)
 
 
 def _finish(profile: Profile, slot: Slot, work: _Work, tower: TunedTower) -> dict[str, Any]:
@@ -317,8 +482,8 @@ def _validate(profile: Profile, work: _Work, merged: Clip) -> dict[str, Any]:
     """Gap and transfer on the held-out images, before (through f_r) and after (through f_g)."""
     import numpy as np
 
-    from gmail_cli.components import encoders, objectives, transfer
-    from gmail_cli.components.tasks import LARGEST_SCALE
+    from gmail_cli.components import encoders, transfer
+    from gmail_cli.components import partners as partnership
 
     rng = np.random.default_rng(profile.seed)
 
@@ -327,25 +492,28 @@ def _validate(profile: Profile, work: _Work, merged: Clip) -> dict[str, Any]:
 
     judged = some(work.held_real, most=JUDGED)
     real = [work.real[row] for row in judged]
-    held = work.held[objectives.has_partner([work.generated[row] for row in work.held], real)]
+    held = work.held[partnership.has_partner([work.generated[row] for row in work.held], real)]
     if min(len(held), len(real)) < 2:
         reason = "too few held-out images" if profile.align.validation else "align.validation is 0"
         return {"verdict": f"not validated: {reason}"}
-    train = some(work.train, most=TRANSFER_ROWS)
-    learn = np.setdiff1d(np.arange(len(work.real)), work.held_real)
+    learn = [work.real[row] for row in work.learn]
+    known = work.train[partnership.has_partner([work.generated[row] for row in work.train], learn)]
+    if len(known) < 2:
+        return {"verdict": "not validated: no real image has the captions that were generated from"}
+    train = some(known, most=TRANSFER_ROWS)
     generated = [work.generated[row] for row in train]
-    partners = objectives.pair(generated, [work.real[row] for row in learn], seed=profile.seed).with_candidates(learn)
+    partners = partnership.pair(generated, learn, seed=profile.seed).with_candidates(work.learn)
     return transfer.validate(
         transfer.View(train=work.before[train], held=work.before[held]),
         transfer.View(train=_embed(merged, work.pixels, train), held=_embed(merged, work.pixels, held)),
         partners=work.targets[partners.rows(np.arange(len(train)), seed=profile.seed)],
         real=work.targets[judged],
-        pairs=objectives.pair([work.generated[row] for row in held], real),
+        pairs=partnership.pair([work.generated[row] for row in held], real),
         task=transfer.make_task(
             generated,
             real,
             embed=lambda texts: encoders.embed_texts(work.clip, texts)[0],
-            scale=min(float(work.clip.model.logit_scale.exp()), LARGEST_SCALE),
+            scale=_text_scale(work.clip),
             seed=profile.seed,
         ),
         objective=profile.align.objective,

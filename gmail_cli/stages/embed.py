@@ -334,7 +334,7 @@ def _pairs(generated: GeneratedSet, partners: Dataset, *, held: float, seed: int
 
     The partner is the owner, or else the next unused real image with the same caption.
     """
-    from gmail_cli.components.objectives import held_out
+    from gmail_cli.components.partners import held_out
 
     row_of = {image.id: row for row, image in enumerate(partners.images)}
     kept = {image.id for image in partners.images if held_out(image.id, share=held, seed=seed)}
