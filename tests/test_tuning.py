@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from small_clips import RESNET, TEXTS, VIT
+from small_clips import RESNET, TEXT, TEXTS, VIT
 
 from gmail_cli.components import encoders, tuning
 from gmail_cli.components.encoders import Clip
@@ -93,6 +93,45 @@ def test_plain_peft_gives_the_same_embeddings(
         folded = torch.nn.functional.normalize(plain.merge_and_unload()(pixels), dim=-1)
         torch.testing.assert_close(wrapped, tower(pixels), atol=1e-5, rtol=0)
         torch.testing.assert_close(folded, tower(pixels), atol=1e-5, rtol=0)
+
+
+TIMM = {
+    "vit_tiny_patch16_224": {"timm_pool": "map", "timm_proj": "none"},  # as SigLIP
+    "eva02_tiny_patch14_224": {"timm_pool": "token", "timm_proj": "linear"},  # as EVA-CLIP
+    "fastvit_t8": {"timm_pool": "avg", "timm_proj": None},  # as MobileCLIP
+    "convnext_atto": {"timm_pool": "avg", "timm_proj": "mlp"},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_towers(name: str, tmp_path: Path):
+    """Plain peft, the folded model and the tower agree for towers of every family that open_clip takes from timm."""
+    from peft import PeftModel
+
+    options = TIMM[name]
+    config = {
+        "model_cfg": {
+            "embed_dim": 192 if options["timm_proj"] == "none" else 16,
+            "custom_text": True,
+            "vision_cfg": {"image_size": 224, "timm_model_name": name, "timm_model_pretrained": False, **options},
+            "text_cfg": TEXT,
+        },
+        "preprocess_cfg": {},
+    }
+    clip = encoders.build_clip(config, name=name)
+    for path, parameter in clip.model.visual.named_parameters():
+        if path.endswith("gamma"):  # layer scales start near zero, which would hide what lies before
+            parameter.data.fill_(1.0)
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
+    tower = _tuned(tuning.add_lora(clip, rank=2))
+    tuning.save_adapter(tower, tmp_path, base=name)
+    plain = PeftModel.from_pretrained(copy.deepcopy(clip.model.visual), str(tmp_path)).eval()
+    merged = tuning.merge(clip, tower)
+    with torch.no_grad():
+        tuned = tower(pixels)
+        assert (tuned - clip.encode_images(pixels)).abs().max() > 1e-2
+        torch.testing.assert_close(torch.nn.functional.normalize(plain(pixels), dim=-1), tuned, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged.encode_images(pixels), tuned, atol=1e-5, rtol=0)
 
 
 def test_adapter_bytes_repeat(vit: Clip, tmp_path: Path):

@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,14 +90,40 @@ def lora_targets(visual: nn.Module) -> tuple[str, ...]:
 
     Vision transformers: the whole ``attn`` (peft reaches a fused ``nn.MultiheadAttention`` in no other way) and both
     layers of the MLP. Residual networks: every convolution; not the attention pool, whose weights are read without
-    calling the modules, so that plain peft would ignore an adapter there. timm towers: their linear layers.
+    calling the modules, so that plain peft would ignore an adapter there. timm towers (SigLIP, EVA, MobileCLIP,
+    ConvNeXt, ...): every linear layer and ungrouped convolution of the trunk but its head, by full path; likewise not
+    those whose weights are read without a call (queries, keys and values of EVA).
     """
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.timm_model import TimmModel
 
     if isinstance(visual, ModifiedResNet):
         return ("conv1", "conv2", "conv3", "downsample.0")
-    return ("qkv", "proj", "fc1", "fc2") if isinstance(visual, TimmModel) else ("attn", "c_fc", "c_proj")
+    return _called(visual) if isinstance(visual, TimmModel) else ("attn", "c_fc", "c_proj")
+
+
+def _called(visual: nn.Module) -> tuple[str, ...]:
+    """The linear layers and ungrouped convolutions that a forward pass of a timm tower calls, its head apart."""
+    found: dict[str, None] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        return lambda *_: found.setdefault(path)
+
+    hooks = [
+        module.register_forward_pre_hook(watch(path))
+        for path, module in visual.named_modules()
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and path.startswith("trunk.")
+        and not path.startswith(("trunk.head", "trunk.classifier"))
+    ]
+    sample = next(visual.parameters())
+    size = visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.inference_mode():
+        visual(torch.zeros(1, 3, height, width, device=sample.device, dtype=sample.dtype))
+    for hook in hooks:
+        hook.remove()
+    return tuple(found)
 
 
 def add_lora(
