@@ -41,7 +41,9 @@ Limit = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-TaskName = Literal["clip-text", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"]
+TaskName = Literal[
+    "clip-text", "long-clip", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"
+]
 ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
 
@@ -238,7 +240,8 @@ class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
 
     tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
-    """What to train: a text tower, a whole CLIP, a captioner, a class probe; or the parts of a small generator."""
+    """What to train: a text tower, one for long captions, a whole CLIP, a captioner, a class probe; or the parts of a
+    small generator."""
     arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
         "none",
         "real",
@@ -286,6 +289,17 @@ class Train(Section):
     class_weight: NonNegative = 0.0
     """`clip`: weight of a second loss in which each image tells its class from the others by their prompts; needs
     classes."""
+    context_length: Count = 248
+    """`long-clip`: tokens the text tower reads; its positions are stretched to as many."""
+    keep_positions: Count = 20
+    """`long-clip`: first positions that stay as they are."""
+    short_weight: NonNegative = 1.0
+    """`long-clip`: weight of the loss of short texts against coarse image embeddings; 0 leaves it out."""
+    short_texts: Literal["captions", "sentences", "both"] = "captions"
+    """`long-clip`: short texts are the image's short captions, sentences of the long one, or both; one is drawn each
+    time."""
+    coarse_components: Limit = 32
+    """`long-clip`: principal components of a batch's image embeddings that short texts meet; 0 shows them all."""
     image_size: Annotated[int, Field(ge=16, multiple_of=16)] = 64
     """`autoencoder`, `latent-diffusion`: side of the images, pixels; a multiple of 16."""
     autoencoder: str = "tiny"

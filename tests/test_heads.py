@@ -62,6 +62,7 @@ def pairs_of(texts: tuple[str, ...], *, labels: tuple[int, ...], names: tuple[st
     rows = Candidates.of([[row] for row in range(len(texts))])
     return Pairs(
         texts=texts,
+        records=tuple(map(str, range(len(texts)))),
         owners=torch.arange(len(texts)),
         text_ids=torch.tensor([texts.index(text) for text in texts]),
         labels=torch.tensor(labels),

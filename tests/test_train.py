@@ -169,6 +169,54 @@ def test_text_towers_of_all_arms(world: World) -> None:
             assert not torch.allclose(outputs[i], outputs[j], atol=1e-3)
 
 
+LONG = {"tasks": ["long-clip"], "kinds": ["long"], "context_length": 120}
+
+
+def test_long_text_towers_read_to_the_end(world: World) -> None:
+    artifact = world.train(arms=["none", "real", "generated-aligned"], **LONG)
+    rows = artifact.read_json("cells.json")
+    assert {row["captions"] for row in rows} == {IMAGES}
+    text = captions.read("scenes:train", limit=1, scene_size=SIDE).captions_of_kind("long")[0].text
+    f_r = load_clip(world.folder / "clip")
+    assert f_r.tokenize([text]).truncated.all()
+    towers = [load_clip(artifact.folder(row["folder"]) / "clip") for row in rows]
+    for row, tower in zip(rows, towers, strict=True):
+        assert tower.context_length == 120
+        plain = open_clip.create_model(f"local-dir:{artifact.folder(row['folder']) / 'clip'}").eval()
+        with torch.inference_mode():
+            theirs = plain.encode_text(tower.tokenize([text]).ids, normalize=True)
+        torch.testing.assert_close(tower.encode_texts([text]), theirs)
+        assert tower.lengths(tower.tokenize([text]).ids).item() > f_r.context_length
+    torch.testing.assert_close(towers[0].encode_texts(["a red ball"]), f_r.encode_texts(["a red ball"]))
+    assert not torch.allclose(towers[1].encode_texts([text]), towers[0].encode_texts([text]), atol=1e-3)
+    curve = artifact.read_jsonl("long-clip.real.seed0/metrics.jsonl")
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert curve[-1]["short_loss"] < curve[0]["short_loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("context_length", 100),
+        ("keep_positions", 30),
+        ("short_weight", 0.0),
+        ("short_texts", "sentences"),
+        ("coarse_components", 2),
+    ],
+)
+def test_settings_of_long_clip_move_the_result(world: World, name: str, value: Any) -> None:
+    options = {"arms": ["real"], "steps": 3, **LONG}
+    weights = "long-clip.real.seed0/clip/open_clip_model.safetensors"
+    base, other = world.train(**options), world.train(**{**options, name: value})
+    assert base.digest != other.digest
+    assert base.files[weights] != other.files[weights]
+
+
+def test_long_clip_asks_for_long_captions(world: World) -> None:
+    with pytest.raises(UsageError, match=r"train.kinds = \['short'\]"):
+        world.train(tasks=["long-clip"], arms=["real"])
+
+
 def test_a_killed_stage_ends_in_the_same_bytes(world: World, tmp_path: Path) -> None:
     whole = world.train(Workspace(tmp_path, "whole"), **RESUMED)
     environment = os.environ | {"PYTHONPATH": str(SELF.parents[1]), "OMP_NUM_THREADS": "1"}

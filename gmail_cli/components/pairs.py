@@ -70,6 +70,7 @@ class Pairs:
 
     Attributes:
         texts: The captions.
+        records: Id of each caption's image record.
         owners: Number of each caption's image record; captions with equal numbers are siblings.
         text_ids: Equal where texts are equal.
         labels: Class of each caption's image, a row of ``class_names``; -1 where unknown.
@@ -79,6 +80,7 @@ class Pairs:
     """
 
     texts: tuple[str, ...]
+    records: tuple[str, ...]
     owners: Int64[Tensor, " captions"]
     text_ids: Int64[Tensor, " captions"]
     labels: Int64[Tensor, " captions"]
@@ -131,6 +133,7 @@ def pair(
     number = {name: row for row, name in enumerate(names)}
     return Pairs(
         texts=tuple(caption.text for caption in captions),
+        records=tuple(caption.owner for caption in captions),
         owners=torch.tensor(_numbers(caption.owner for caption in captions)),
         text_ids=torch.tensor(text_numbers),
         labels=torch.tensor([number.get(labels.get(caption.owner) or "", -1) for caption in captions]),

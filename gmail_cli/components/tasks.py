@@ -107,12 +107,12 @@ def clip_text_job(clip: Clip, pairs: Pairs, arm: Arm | None) -> Job:
     def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         assert arm is not None
         images, _ = arm.draw(rows)
-        with _quick_attention(clip.device):
+        with quick_attention(clip.device):
             embedded = texts.embed(model, rows, device=clip.device)
         return _contrast(model, images.to(clip.device), embedded, pairs, rows)
 
     def export(folder: Path) -> None:
-        _export_clip(clip, model, folder)
+        export_clip(clip, model, folder)
 
     return Job(module=model, loss=loss, rows=len(pairs), export=export)
 
@@ -168,7 +168,7 @@ def clip_job(
         pixels = ((augmented(stored, augment).to(clip.device).float() / 255 - mean) / std).permute(0, 3, 1, 2)
         if dropout is not None:
             dropout.prob = patch_dropout if step < whole_from else 0.0
-        with _quick_attention(clip.device):
+        with quick_attention(clip.device):
             images = functional.normalize(model.encode_image(pixels).float(), dim=-1)
             embedded = texts.embed(model, rows, device=clip.device)
             names = None if prompts is None else text_features(model, prompts.to(clip.device))
@@ -185,7 +185,7 @@ def clip_job(
     def export(folder: Path) -> None:
         if dropout is not None:
             model.visual.patch_dropout = nn.Identity()
-        _export_clip(clip, model, folder)
+        export_clip(clip, model, folder)
 
     return Job(module=model, loss=loss, rows=len(pairs), export=export)
 
@@ -217,7 +217,8 @@ def _contrast(
     return value, {"accuracy": accuracy, "temperature": 1 / scale.detach()}
 
 
-def _export_clip(clip: Clip, model: Any, folder: Path) -> None:
+def export_clip(clip: Clip, model: Any, folder: Path) -> None:
+    """Write a trained model beside the rest of ``clip`` as an open_clip folder ``clip/`` in ``folder``."""
     (folder / CLIP_FOLDER).mkdir()
     save_clip(
         dataclasses.replace(clip, model=model.eval().to(memory_format=torch.contiguous_format)), folder / CLIP_FOLDER
@@ -225,7 +226,7 @@ def _export_clip(clip: Clip, model: Any, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quick_attention(device: torch.device) -> Iterator[None]:
+def quick_attention(device: torch.device) -> Iterator[None]:
     """On a CPU, attention as matrix products and a softmax: its backward pass is several times faster."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gmail_cli.components.tables import Flow, Table
 
 VERSION = 1
-TEXT_TASKS = ("clip-text", "clip")
+TEXT_TASKS = ("clip-text", "long-clip", "clip")
 """Tasks whose cells have a text tower of their own."""
 
 Progress = Callable[[int, int], None]

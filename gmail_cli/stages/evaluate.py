@@ -292,8 +292,8 @@ class _Work:
             for row in rows
             if row["task"] in _MEASURES
         ]
-        text_tasks = [model.task for model in trained if model.task in ("clip-text", "clip")]
-        if TEXTS in self.tables and not any(m.task == "clip-text" and m.arm == "none" for m in trained):
+        text_tasks = [model.task for model in trained if _MEASURES[model.task] == _Work._clip]
+        if TEXTS in self.tables and not any(m.task in text_tasks and m.arm == "none" for m in trained):
             yield _Model(task=text_tasks[0] if text_tasks else "clip", arm="none", seed=None)
         yield from trained
 
@@ -517,6 +517,7 @@ class _Work:
 
 _MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = {
     "clip-text": _Work._clip,
+    "long-clip": _Work._clip,
     "clip": _Work._clip,
     "clipcap": _Work._captions,
     "linear-probe": _Work._probe,

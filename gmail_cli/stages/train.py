@@ -369,6 +369,34 @@ def _clip_text(inputs: Inputs, cell: Cell) -> Job:
     return clip_text_job(inputs.material.clip, inputs.material.pairs, arm)
 
 
+def _long_clip(inputs: Inputs, cell: Cell) -> Job:
+    from gmail_cli.components import longtext
+
+    train, material = inputs.profile.train, inputs.material
+    if train.kinds != ("long",):
+        raise UsageError(
+            f"train.kinds = {list(train.kinds)}: long-clip trains on long captions",
+            hint='Use --set train.kinds=["long"]; the short ones come in by themselves (train.short_texts).',
+        )
+    shorts = None
+    if train.short_weight:
+        captions: dict[str, list[str]] = {}
+        for caption in material.dataset.captions_of_kind("short"):
+            captions.setdefault(caption.owner, []).append(caption.text)
+        shorts = longtext.short_texts(
+            material.pairs, owners=material.pairs.records, captions=captions, choice=train.short_texts
+        )
+    clip = longtext.lengthened(material.clip, length=train.context_length, keep=train.keep_positions)
+    return longtext.long_clip_job(
+        clip,
+        material.pairs,
+        None if cell.arm == "none" else material.embedded(cell.arm),
+        shorts=shorts,
+        short_weight=train.short_weight,
+        components=train.coarse_components,
+    )
+
+
 def _clip(inputs: Inputs, cell: Cell) -> Job:
     from gmail_cli.components.encoders import build_clip
     from gmail_cli.components.loop import seed_from
@@ -539,6 +567,7 @@ _PIXELS = frozenset({"real", "generated-naive", "mixed"})
 
 TASKS: Mapping[TaskName, Task] = {
     "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}),
+    "long-clip": Task(build=_long_clip, arms=_EMBEDDED | {"none"}),
     "clip": Task(build=_clip, arms=_PIXELS, image_encoder="own"),
     "clipcap": Task(build=_clipcap, arms=_EMBEDDED, dual=True),
     "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True),

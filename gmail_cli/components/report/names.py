@@ -15,6 +15,7 @@ ARM_NOTES = {
 
 TASK_LABELS = {
     "clip-text": "the text tower",
+    "long-clip": "the long text tower",
     "clip": "CLIP",
     "clipcap": "captioning",
     "linear-probe": "the linear probe",
