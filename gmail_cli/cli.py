@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gmail_cli import __version__
+from gmail_cli import __version__, shipped
 from gmail_cli.cli_score import app as score_app
 from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
 from gmail_cli.progress import Progress
@@ -51,8 +51,6 @@ def _count(value: str | int) -> int:
 
 
 def _complete_profile(incomplete: str) -> list[str]:
-    from gmail_cli import shipped
-
     return [name for name in shipped.profiles() if name.startswith(incomplete)]
 
 
@@ -342,7 +340,7 @@ def profile_list(as_json: JsonOption = False) -> None:
     """List shipped profiles."""
     from gmail_cli import profile as profiles
 
-    rows = [{"name": name, "summary": profiles.load(path).summary} for name, path in profiles.shipped().items()]
+    rows = [{"name": name, "summary": profiles.load(path).summary} for name, path in shipped.profiles().items()]
     if as_json:
         typer.echo(json.dumps(rows))
         return
@@ -507,7 +505,7 @@ class _Context:
 
         path = profiles.locate(self.ref, named_by=self.named_by)
         loaded = profiles.load(path, overrides=self.overrides)
-        if self.ref is None and path == profiles.shipped().get(profiles.DEFAULT_PROFILE):
+        if self.ref is None and path == shipped.profiles().get(profiles.DEFAULT_PROFILE):
             _say(
                 "profile tiny: it draws only its own small world of scenes; for photographs use "
                 "--profile coco-sd21-vitb16"

@@ -9,6 +9,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from gmail_cli import profile as profiles
+from gmail_cli import shipped
 from gmail_cli.artifacts import package_versions
 
 _SHIPPED = Path(__file__).parent / "weights" / "tiny"
@@ -26,7 +27,7 @@ def examine(workspace: Path) -> dict[str, dict[str, str]]:
         "search": _faiss(),
         "storage": _storage(workspace),
         "programs": {"java": shutil.which("java") or "absent: METEOR is left out of caption metrics"},
-        "profiles": {name: _needs(profiles.load(path)) for name, path in profiles.shipped().items()},
+        "profiles": {name: _needs(profiles.load(path)) for name, path in shipped.profiles().items()},
     }
 
 

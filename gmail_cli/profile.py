@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gmail_cli import shipped as files
+from gmail_cli import shipped
 from gmail_cli.errors import InputError, UsageError
 
 if sys.version_info >= (3, 11):
@@ -431,10 +431,6 @@ SECTIONS = tuple(
 )
 
 
-shipped_folder = files.profile_folder
-shipped = files.profiles
-
-
 def locate(ref: str | None, *, named_by: str = "--profile", environment: Mapping[str, str] = os.environ) -> Path:
     """The profile file that applies: ``--profile``, then ``GMAIL_PROFILE``, then ``./gmail.toml``, then ``tiny``.
 
@@ -450,8 +446,8 @@ def locate(ref: str | None, *, named_by: str = "--profile", environment: Mapping
     if ref is None and environment.get("GMAIL_PROFILE"):
         ref, source = environment["GMAIL_PROFILE"], "GMAIL_PROFILE"
     if ref is None:
-        return LOCAL_PROFILE if LOCAL_PROFILE.is_file() else shipped()[DEFAULT_PROFILE]
-    known = shipped()
+        return LOCAL_PROFILE if LOCAL_PROFILE.is_file() else shipped.profiles()[DEFAULT_PROFILE]
+    known = shipped.profiles()
     if ref in known:
         return known[ref]
     path = Path(ref)

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmail_cli import profile as profiles
+from gmail_cli import shipped
 from gmail_cli.errors import UsageError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-@pytest.mark.parametrize("path", profiles.shipped().values(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", shipped.profiles().values(), ids=lambda path: path.stem)
 def test_every_shipped_profile_loads_says_what_it_costs_and_survives_a_round_trip(path: Path) -> None:
     loaded = profiles.load(path)
     assert loaded.name == path.stem

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, folder_digest
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import ArmName, Profile, TaskName, settings, shipped_folder
+from gmail_cli.profile import ArmName, Profile, TaskName, settings
+from gmail_cli.shipped import profile_folder
 from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
@@ -580,7 +581,7 @@ TASKS: Mapping[TaskName, Task] = {
 def _architecture(ref: str) -> dict[str, Any]:
     """The open_clip config that ``train.architecture`` names."""
     if ref.endswith(".json"):
-        path = Path(ref) if Path(ref).is_file() else shipped_folder() / ref
+        path = Path(ref) if Path(ref).is_file() else profile_folder() / ref
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ PROBE_SCENES = 6000
 DRAWN = 500
 """Pictures drawn to measure the generator."""
 STEPS, GUIDANCE = 8, 2.5
+Probes: TypeAlias = Mapping[str, tuple[list[str], np.ndarray]]
+"""Fact -> its answers, and a linear map from an embedding (and 1) to a score for each."""
 FACTS = ("ground", "sky", "colour", "class", "position", "count")
 
 
@@ -61,10 +63,11 @@ def build(folder: Path, workspace: Path, *, overrides: Sequence[str] = ()) -> di
         shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("metrics.jsonl", "cell.json"))
     _halve(folder / "clip" / WEIGHTS_FILE)
     found = load_clip(folder / "clip")
+    probes = fit_probes(found)
     records = {
-        "clip": _record([clip], measure_clip(found)),
+        "clip": _record([clip], measure_clip(found, probes)),
         "lm": _record([lm], measure_language_model(folder / "lm")),
-        "pipeline": _record([autoencoder, denoiser], measure_pipeline(folder / "pipeline", found)),
+        "pipeline": _record([autoencoder, denoiser], measure_pipeline(folder / "pipeline", found, probes)),
     }
     for name, record in records.items():
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -149,11 +152,11 @@ def _recalls(images: Float[np.ndarray, "n dim"], texts: Float[np.ndarray, "n dim
     return {name: round(value, 4) for name, value in retrieval.retrieval_metrics(ranks).items() if "recall" in name}
 
 
-def _probes(clip: Clip) -> dict[str, Any]:
+def fit_probes(clip: Clip) -> Probes:
     """A linear least-squares probe for each fact on embeddings of training scenes: fact -> (answers, weights)."""
     found, pixels = _scenes("train", PROBE_SCENES)
     x = np.c_[_embed(clip, pixels), np.ones(len(found))].astype(np.float64)
-    probes = {}
+    probes: dict[str, tuple[list[str], np.ndarray]] = {}
     for fact in FACTS:
         told = [scenes.attributes(scene)[fact] for scene in found]
         answers = sorted(set(told))
@@ -162,9 +165,7 @@ def _probes(clip: Clip) -> dict[str, Any]:
     return probes
 
 
-def _agreement(
-    probes: Mapping[str, Any], embedded: Float[np.ndarray, "n dim"], shown: Sequence[scenes.Scene]
-) -> dict[str, float]:
+def _agreement(probes: Probes, embedded: Float[np.ndarray, "n dim"], shown: Sequence[scenes.Scene]) -> dict[str, float]:
     """Share of pictures of which each probe reads what their scene says."""
     x = np.c_[embedded, np.ones(len(embedded))]
     shares = {}
@@ -174,7 +175,7 @@ def _agreement(
     return shares
 
 
-def measure_clip(clip: Clip) -> dict[str, Any]:
+def measure_clip(clip: Clip, probes: Probes) -> dict[str, Any]:
     """Retrieval over held-out scenes with their first captions, zero-shot classes, and what probes read."""
     found, pixels = _scenes("test", TEST_SCENES)
     images = _embed(clip, pixels)
@@ -185,7 +186,7 @@ def measure_clip(clip: Clip) -> dict[str, Any]:
         "scenes": len(found),
         **_recalls(images, embed_texts(clip, [scenes.captions(scene)[0] for scene in found])[0]),
         "zero_shot_accuracy": round(float(zero_shot), 4),
-        "probe_accuracy": _agreement(_probes(clip), images, found),
+        "probe_accuracy": _agreement(probes, images, found),
     }
 
 
@@ -204,7 +205,7 @@ def measure_language_model(folder: Path) -> dict[str, Any]:
     return {"captions": len(texts), "perplexity": round(float(np.exp(sum(losses) / sum(weights))), 3)}
 
 
-def measure_pipeline(folder: Path, clip: Clip) -> dict[str, Any]:
+def measure_pipeline(folder: Path, clip: Clip, probes: Probes) -> dict[str, Any]:
     """How well the autoencoder restores scenes, and how far pictures follow the captions they were drawn from."""
     found, pixels = _scenes("test", DRAWN)
     pipeline = diffusion.load_pipeline(str(folder))
@@ -213,7 +214,7 @@ def measure_pipeline(folder: Path, clip: Clip) -> dict[str, Any]:
     sampler = diffusion.Sampler(pipeline, sampling=diffusion.Sampling(steps=STEPS, guidance=GUIDANCE, batch_size=50))
     drawn = _embed(clip, np.stack([each.pixels for batch in sampler.draw(jobs) for each in batch]))
     real = _embed(clip, pixels)
-    probes, words = _probes(clip), embed_texts(clip, texts)[0]
+    words = embed_texts(clip, texts)[0]
     return {
         "autoencoder_psnr_db": round(generative.reconstruction_psnr(pipeline.vae, torch.from_numpy(pixels)), 2),
         "pictures": len(found),
