@@ -414,22 +414,46 @@ def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) ->
 @artifacts_app.command(name="verify")
 def artifacts_verify(
     paths: Annotated[list[Path] | None, typer.Argument(metavar="ARTIFACT")] = None,
+    regenerate: Annotated[
+        int | None,
+        typer.Option(parser=_count, metavar="N", help="Also draw N random images of a generate artifact again."),
+    ] = None,
+    profile: ProfileOption = None,
+    overrides: SetOption = None,
     run: RunOption = None,
     workspace: WorkspaceOption = Path("runs"),
 ) -> None:
-    """Check every byte against the manifests (all artifacts of the run, or of all runs, when none is named)."""
+    """Check every byte against the manifests (all artifacts of the run, or of all runs, when none is named).
+
+    With --regenerate, generate.model (of --profile or --set) must be the pipeline that drew the images.
+    """
     from gmail_cli.artifacts import Artifact
 
     found = [Artifact.load(path) for path in paths] if paths else []
     if not paths:
         found = [artifact for space in _workspaces(workspace, run) for artifact in space.artifacts()]
     problems = [(artifact, problem) for artifact in found for problem in artifact.verify()]
+    if regenerate is not None:
+        from gmail_cli import profile as profiles
+        from gmail_cli.stages import generate as stage
+
+        drawn = [each for each in found if each.stage == "generate"]
+        if not drawn:
+            raise UsageError(
+                "--regenerate: there is no generate artifact", hint="Name one, such as runs/tiny/generate/latest."
+            )
+        chosen = profiles.load(profile, overrides=overrides or [])
+        with Progress() as progress:
+            for artifact in drawn:
+                found_now = stage.regenerate(chosen, artifact, count=regenerate, progress=progress.task("regenerate"))
+                problems += [(artifact, problem) for problem in found_now]
     for artifact, problem in problems:
         typer.echo(f"{_shown(artifact.path)}: {problem}")
     if problems:
         hint = "Delete the damaged folder and run its stage again."
         raise InputError(f"{len(problems)} problem(s) in {len({a.path for a, _ in problems})} artifact(s)", hint=hint)
-    _say(f"{len(found)} artifact(s), every byte as written")
+    again = f"; {regenerate} image(s) drawn again, equal" if regenerate else ""
+    _say(f"{len(found)} artifact(s), every byte as written{again}")
 
 
 @artifacts_app.command(name="gc")

@@ -596,3 +596,33 @@ def test_an_import_says_which_image_is_broken(tmp_path: Path) -> None:
     profile = build({"generate": {"source": "import", "import_path": str(folder)}})
     with pytest.raises(InputError, match="cannot decode image 'b"):
         generate.run(profile, Workspace(tmp_path / "runs"))
+
+
+def test_images_drawn_again_are_the_same(tmp_path: Path, pipeline_folder: Path, captions_file: Path) -> None:
+    profile = profile_for(pipeline_folder, captions_file)
+    artifact = generate.run(profile, Workspace(tmp_path))
+    seen: list[tuple[int, int]] = []
+    other = profile.model_copy(update={"generate": profile.generate.model_copy(update={"steps": 9, "guidance": 1.0})})
+    assert generate.regenerate(other, artifact, count=3, progress=lambda *at: seen.append(at)) == []
+    assert seen[-1] == (3, 3)
+    count = artifact.summary["images"]
+    assert generate.regenerate(profile, artifact, count=10 * count) == []
+
+    record = artifact.read_jsonl("records.jsonl")[0]
+    rows = [json.dumps({**row, "k": row["k"] + 1}) for row in artifact.read_jsonl("records.jsonl")]
+    artifact.file("records.jsonl").write_text("\n".join(rows) + "\n")
+    problems = generate.regenerate(profile, artifact, count=count)
+    assert len(problems) == count
+    assert problems[0].startswith(f"{record['path']}: drawn again, pixels differ by ")
+
+
+def test_what_cannot_be_drawn_again(tmp_path: Path, pipeline_folder: Path, captions_file: Path) -> None:
+    artifact = generate.run(profile_for(pipeline_folder, captions_file), Workspace(tmp_path))
+    with pytest.raises(InputError, match=r"generate\.model = 'tiny' is not the pipeline that drew"):
+        generate.regenerate(build({}), artifact, count=1)
+    source = artifact.path / "images"
+    imported = generate.run(
+        build({"generate": {"source": "import", "import_path": str(source)}}), Workspace(tmp_path, "imported")
+    )
+    with pytest.raises(InputError, match="holds no images that `gmail generate` drew"):
+        generate.regenerate(build({}), imported, count=1)

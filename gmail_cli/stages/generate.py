@@ -37,6 +37,8 @@ PER_FOLDER = 1000
 """Images in one folder."""
 IMPORT_CHUNK = 64
 """Images brought in between two writes of their records."""
+ACROSS_DEVICES = 2.0
+"""Mean absolute difference of pixels, of 255, that another kind of device may make."""
 _PIPELINE_ONLY = (
     *("per_caption", "dtype", "scheduler", "steps", "guidance", "prompt_template"),
     *("negative_prompt", "height", "width", "batch_size", "format", "quality"),
@@ -116,6 +118,75 @@ def run(profile: Profile, workspace: Workspace, *, progress: Progress | None = N
             chunks = _drawn(slot, plan, sampler, profile=profile, name=key.settings["name"], start=start)
         _store(slot, chunks, workers=profile.runtime.workers, start=start, total=len(plan), progress=progress)
         return slot.commit(summary=_summary(slot.read_jsonl(RECORDS), plan) | about, device=device)
+
+
+def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Progress | None = None) -> list[str]:
+    """Draw ``count`` images of an artifact again, chosen at random, and compare.
+
+    On the kind of device that drew them the files must be equal byte for byte; across kinds (GPU and CPU) the mean
+    absolute difference of the pixels may reach ``ACROSS_DEVICES``.
+
+    Args:
+        profile: ``generate.model`` and ``generate.revision`` name the pipeline, ``runtime`` says where to draw; the
+            other settings are the artifact's own.
+        artifact: What `run` made with ``source = "pipeline"``.
+        count: How many; no more than there are.
+        progress: Called with (images drawn, images to draw).
+
+    Returns:
+        What differs, a sentence for each image; empty when all is as recorded.
+
+    Raises:
+        InputError: Imported images, another artifact, or a pipeline that is not the one that drew it.
+    """
+    import secrets
+
+    if artifact.stage != "generate" or artifact.manifest["key"]["settings"]["source"] != "pipeline":
+        raise InputError(
+            f"{artifact.path} holds no images that `gmail generate` drew", hint="Imported images cannot be drawn again."
+        )
+    key = artifact.manifest["key"]
+    own = {name: value for name, value in key["settings"].items() if name not in ("name", "source")}
+    profile = profile.model_copy(
+        update={"generate": profile.generate.model_copy(update=own | {"source": "pipeline"}), "seed": key["seed"]}
+    )
+    place, folder = diffusion.locate(profile.generate.model)
+    there = folder_digest(folder) if folder else f"{place}@{profile.generate.revision}"
+    if there != key["models"]["generator"]:
+        raise InputError(
+            f"generate.model = {profile.generate.model!r} is not the pipeline that drew {artifact.path}",
+            hint="Name it with --set generate.model=... (and generate.revision, of a hub model).",
+        )
+    records = artifact.read_jsonl(RECORDS)
+    rows = sorted(secrets.SystemRandom().sample(range(len(records)), min(count, len(records))))
+    template = profile.generate.prompt_template
+    chosen = [records[row] for row in rows]
+    jobs = [diffusion.Job(r["caption_id"], template.replace("{caption}", r["caption"]), r["k"]) for r in chosen]
+    sampler, device = _sampler(profile)
+    alike = device.split(":")[0] == str(artifact.manifest["device"]).split(":")[0]
+    drawn = (each for batch in sampler.draw(jobs) for each in batch)
+    problems = []
+    for done, (record, image) in enumerate(zip(chosen, drawn, strict=True)):
+        content = _encode(image.pixels, extension=profile.generate.format, quality=profile.generate.quality)
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            problem = _difference(image, record, artifact, tolerated=0.0 if alike else ACROSS_DEVICES)
+            problems += [f"{record['path']}: drawn again, {problem}"] if problem else []
+        if progress:
+            progress(done + 1, len(rows))
+    return problems
+
+
+def _difference(drawn: diffusion.Drawn, record: Record, artifact: Artifact, *, tolerated: float) -> str | None:
+    """How an image drawn again differs from the stored one; None where its pixels are close enough."""
+    import numpy as np
+
+    from gmail_cli.components import images
+
+    stored = np.asarray(images.decode(artifact.file(record["path"]).read_bytes(), name=record["path"]))
+    if stored.shape != drawn.pixels.shape:
+        return f"pixels of shape {drawn.pixels.shape} instead of {stored.shape}"
+    apart = float(np.abs(stored.astype(np.int16) - drawn.pixels).mean())
+    return f"pixels differ by {apart:.3g} of 255 on average" if apart > tolerated or not tolerated else None
 
 
 # -- what to make ----------------------------------------------------------------------------------------------
