@@ -292,13 +292,13 @@ def run_(
     with Progress() as progress:
         made = plan.execute(loaded, space, stages=loaded.stages, progress=progress.task, on_done=_announce)
     if as_json:
-        typer.echo(json.dumps({stage: _describe(artifact) for stage, artifact in made.items()}, indent=1))
+        _result(json.dumps({stage: _describe(artifact) for stage, artifact in made.items()}, indent=1))
         return
     last = made[loaded.stages[-1]]
     report = last.path / "report.html"
     if report.is_file():
         _say(f"report: {_shown(report)}")
-    typer.echo(_shown(last.path))
+    _result(_shown(last.path))
 
 
 @app.command()
@@ -573,7 +573,7 @@ def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | No
     with Progress() as progress:
         made = plan.execute(profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce)
     artifact = made[name]
-    typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
+    _result(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
     return artifact
 
 
@@ -604,7 +604,14 @@ def _shown(path: Path) -> str:
 
 
 def _say(message: str) -> None:
-    typer.echo(message, err=True)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+        typer.echo(message, err=True)
+
+
+def _result(text: str) -> None:
+    """The one line of standard output."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text)
 
 
 def _toml_text(value: Any) -> str:

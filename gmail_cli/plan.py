@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
-from gmail_cli.errors import InputError
+from gmail_cli.errors import InputError, SetupError
 from gmail_cli.profile import Profile
 
 #: Stage -> the inputs it reads, by name. The first is required.
@@ -29,6 +31,8 @@ MAKER: Mapping[str, str] = {
     "embeddings": "embed",
     "index": "index",
 }
+SHARED = ("align",)
+"""Stages whose training all processes of ``torchrun`` share; the others are the first one's."""
 _REQUIRED = {"align": "generated", "index": "embeddings", "eval": "embeddings"}
 _MODULES = {"eval": "evaluate"}
 
@@ -180,7 +184,10 @@ def execute(
         wanted = {name: inputs[name] for name in INPUTS[stage] if name in inputs}
         key: StageKey = module(stage).plan_key(profile, **{name: each.digest for name, each in wanted.items()})
         reused = workspace.find(key) is not None
-        artifact: Artifact = module(stage).run(profile, workspace, progress=progress(stage), **wanted)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            artifact = _together(profile, workspace, stage=stage, key=key, progress=progress, inputs=wanted)
+        else:
+            artifact = module(stage).run(profile, workspace, progress=progress(stage), **wanted)
         made[stage] = artifact
         for name, maker in MAKER.items():
             if maker == stage:
@@ -188,3 +195,33 @@ def execute(
         if on_done:
             on_done(artifact, reused)
     return made
+
+
+def _together(
+    profile: Profile,
+    workspace: Workspace,
+    *,
+    stage: str,
+    key: StageKey,
+    progress: Progress,
+    inputs: Mapping[str, Artifact],
+) -> Artifact:
+    """One stage under torchrun: rank 0 makes the artifact; in ``SHARED`` stages the others work on it too.
+
+    What they would write goes to a folder that is thrown away.
+    """
+    from gmail_cli.components import parallel
+
+    done, first = workspace.find(key) is not None, parallel.ranks().rank == 0
+    parallel.barrier()
+    if first:
+        module(stage).run(profile, workspace, progress=progress(stage), **inputs)
+    elif stage in SHARED and not done:
+        with tempfile.TemporaryDirectory() as folder:
+            module(stage).run(profile, Workspace(Path(folder), workspace.run), **inputs)
+    parallel.barrier()
+    artifact = workspace.find(key)
+    if artifact is None:
+        hint = "All processes need one file system."
+        raise SetupError(f"{stage} was made by the first process, and this one does not see it", hint=hint)
+    return artifact

@@ -166,6 +166,36 @@ def test_kill_minus_nine_ends_in_the_same_bytes(
     assert resumed.content == uninterrupted.content
 
 
+def test_two_processes_align_as_one_does_and_resume(
+    clip_folder: Path, workspace: Workspace, generated: Artifact, tmp_path: Path
+):
+    """torchrun with two gloo processes, killed at a checkpoint and started again: the curve is that of one process."""
+    profile = _profile(clip_folder, steps=60, objective="symmetric", bank=4)
+    text = tmp_path / "profile.toml"
+    text.write_text(profiles.dump(profile))
+    shared = Workspace(tmp_path / "shared", "test")
+    key = align.plan_key(profile, generated=generated.digest)
+    checkpoint = shared.folder("align") / f"{key.digest[:12]}.partial/scratch/tower.safetensors"
+    gmail = Path(sys.executable).with_name("gmail")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "--"]
+    command += [str(gmail), "align", "--profile", str(text), "--generated", str(generated.path)]
+    command += ["--workspace", str(shared.root), "--run", "test"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as run:
+        while not checkpoint.exists() and run.poll() is None:
+            time.sleep(0.01)
+        assert run.poll() is None, "the run ended before its first checkpoint"
+        os.killpg(run.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(shared.root)], check=False)  # torchrun gives each process a session
+    alone = align.run(profile, Workspace(tmp_path / "alone", "test"), generated=generated)
+    wanted = [row["loss"] for row in alone.read_jsonl("metrics.jsonl")]
+    finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
+    artifact = Artifact.load(Path(finished.stdout.strip()))
+    assert artifact.digest == alone.digest
+    found = [row["loss"] for row in artifact.read_jsonl("metrics.jsonl")]
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
 def test_class_captions_pair_with_any_image_of_the_class(clip_folder: Path, workspace: Workspace, tmp_path: Path):
     """Images made elsewhere: owners of their own, two captions in all, as in CIFAKE."""
     rng = np.random.default_rng(0)

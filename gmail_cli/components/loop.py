@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gmail_cli.components import parallel
 from gmail_cli.errors import InputError, UsageError
 
 Schedule: TypeAlias = Literal["cosine", "cosine-restarts", "constant"]
@@ -230,6 +231,7 @@ def fit(
     recipe: Recipe,
     checkpoints: Checkpoints | None = None,
     checkpoint_seconds: float = 30.0,
+    shared: bool = False,
     log: Callable[[list[Row]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
@@ -247,6 +249,8 @@ def fit(
         checkpoints: Where to resume from and save to.
         checkpoint_seconds: Least time between two checkpoints. The loop waits longer where saving takes more
             than `CHECKPOINT_SHARE` of the time. Does not change the result.
+        shared: The loss is computed by all ranks of `gmail_cli.components.parallel` together: all start from rank 0's
+            checkpoint, average their gradients, and rank 0 alone saves.
         log: Receives the whole curve at each checkpoint and at the end. A row has step (steps done), loss
             (mean since the row before), lr, grad_norm (before clipping) and the further scalars.
         progress: Called with (steps done, steps in all).
@@ -262,6 +266,9 @@ def fit(
     parameters = list(state.parameters.values())
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     held = checkpoints.load() if checkpoints else None
+    if shared:
+        held = parallel.from_first(held)
+        checkpoints = checkpoints if parallel.ranks().rank == 0 else None
     if held is not None:
         state.restore(held)
     if progress:
@@ -283,6 +290,8 @@ def fit(
             outcome = loss(torch.from_numpy(indices), step)
             value, extra = outcome if isinstance(outcome, tuple) else (outcome, {})
             value.backward()
+            if shared:
+                parallel.average_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or math.inf)
             state.optimizer.step()
             if state.ema is not None and recipe.ema is not None:

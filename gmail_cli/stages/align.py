@@ -334,19 +334,22 @@ class _Batches:
     def __call__(self, indices: torch.Tensor, step: int) -> Batch:
         import torch
 
+        from gmail_cli.components import parallel
         from gmail_cli.components.loop import seed_from
         from gmail_cli.components.objectives import Batch, false_negatives
 
         work, rows = self._work, indices.numpy()
         partners = work.pairing.rows(rows, seed=seed_from("partner", self._seed, step))
         captions = self._captions[rows]
-        pixels = work.pixels[work.train[rows]]
-        work.pixels.prefetch(work.train[self.rows(step + 1)])
+        share = parallel.ranks().share(len(rows))
+        pixels = work.pixels[work.train[rows[share]]]
+        upcoming = self.rows(step + 1)
+        work.pixels.prefetch(work.train[upcoming[parallel.ranks().share(len(upcoming))]])
         with work.clip.autocast():
-            embedded = self._tower(pixels)
+            embedded = parallel.gather(self._tower(pixels), rows=len(rows))
             seen = None
             if work.real_pixels is not None:
-                seen = self._tower(work.real_pixels[partners])
+                seen = parallel.gather(self._tower(work.real_pixels[partners[share]]), rows=len(rows))
         bank, bank_false = self._bank(partners, captions, step=step)
         anywhere = None
         if "rafa" in self._names:
@@ -437,6 +440,7 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
         recipe=recipe,
         checkpoints=slot.checkpoints("tower"),
         checkpoint_seconds=profile.runtime.checkpoint_seconds,
+        shared=True,
         progress=progress,
     )
     slot.write_jsonl("metrics.jsonl", curve)
