@@ -255,6 +255,10 @@ class Checkpoints:
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def exists(self) -> bool:
+        """Whether one was saved."""
+        return self._path.exists()
+
     def load(self) -> dict[str, torch.Tensor] | None:
         """The last saved tensors, or None when there are none (or the disk damaged them)."""
         from safetensors import SafetensorError
@@ -272,7 +276,7 @@ class Checkpoints:
         from safetensors.torch import save
 
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        _write_atomic(self._path, lambda path: path.write_bytes(content))
+        _write(self._path, lambda path: path.write_bytes(content))
 
     def remove(self) -> None:
         """Forget the checkpoint."""
@@ -280,14 +284,21 @@ class Checkpoints:
 
 
 class Slot:
-    """The folder a stage is making (``done`` False) or finds complete (``done`` True)."""
+    """The folder a stage is making (``done`` False) or finds complete (``done`` True).
 
-    def __init__(self, workspace: Workspace, key: StageKey, *, on_wait: Callable[[str], None] | None) -> None:
+    Processes that share it (``Workspace.open(key, shared=True)``) may only save checkpoints in it.
+    """
+
+    def __init__(
+        self, workspace: Workspace, key: StageKey, *, on_wait: Callable[[str], None] | None, shared: bool = False
+    ) -> None:
         self.key = key
+        self._shared = shared
         self._home = workspace.folder(key.stage)
         self._final = self._home / key.digest[:12]
         self._partial = self._home / f"{key.digest[:12]}.partial"
-        self._lock = _Lock(workspace.root / workspace.run / ".locks" / f"{key.stage}-{key.digest[:12]}", on_wait)
+        lock = workspace.root / workspace.run / ".locks" / f"{key.stage}-{key.digest[:12]}"
+        self._lock = _Lock(lock, on_wait, shared=shared)
         self._files: dict[str, dict[str, Any]] = {}
         self._started = 0.0
         self._elapsed = 0.0
@@ -317,7 +328,7 @@ class Slot:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.done and self._partial.is_dir():
+        if not self.done and not self._shared and self._partial.is_dir():
             with contextlib.suppress(OSError):
                 self._save_progress()
         self._lock.release()
@@ -368,15 +379,10 @@ class Slot:
 
     def write_with(self, name: str, writer: Callable[[Path], object]) -> Path:
         """Write a payload file through ``writer(temporary path)``; whole or absent."""
+        assert not self._shared, "processes that share a slot write no payload"
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_atomic(path, writer)
-        except OSError as error:
-            if error.errno in _DISK_FULL:
-                hint = "Free some space and run the same command again: finished files are kept."
-                raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
-            raise
+        _write(path, writer)
         self._enter(name)
         return path
 
@@ -393,8 +399,13 @@ class Slot:
         return self.write_text(name, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False))
 
     def write_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        """Write JSON Lines, one canonical object a line."""
-        return self.write_text(name, "".join(canonical_json(row) + "\n" for row in rows))
+        """Write JSON Lines, one canonical object a line; rows are taken one at a time."""
+
+        def writer(path: Path) -> None:
+            with path.open("wb") as stream:
+                stream.writelines(f"{canonical_json(row)}\n".encode() for row in rows)
+
+        return self.write_with(name, writer)
 
     def write_npy(self, name: str, array: np.ndarray[Any, Any]) -> Path:
         """Write a ``.npy`` file without pickle."""
@@ -403,6 +414,27 @@ class Slot:
         def writer(path: Path) -> None:
             with path.open("wb") as stream:
                 np.save(stream, array, allow_pickle=False)
+
+        return self.write_with(name, writer)
+
+    def write_npy_blocks(
+        self, name: str, blocks: Iterable[np.ndarray[Any, Any]], *, shape: tuple[int, ...], dtype: str
+    ) -> Path:
+        """Write a ``.npy`` file, the bytes of :meth:`write_npy`, from blocks of its rows taken one at a time."""
+        import numpy as np
+
+        def writer(path: Path) -> None:
+            kind = np.dtype(dtype)
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+            written = 0
+            with path.open("wb") as stream:
+                np.lib.format.write_array_header_1_0(stream, header)
+                for block in blocks:
+                    assert block.shape[1:] == shape[1:], "a block of another width"
+                    assert block.dtype == kind, "a block of another kind"
+                    stream.write(np.ascontiguousarray(block).data)
+                    written += len(block)
+            assert written == shape[0], f"{written} rows for a shape of {shape}"
 
         return self.write_with(name, writer)
 
@@ -472,6 +504,7 @@ class Slot:
             summary: What a person or the next stage wants to know of the result; JSON-able.
             device: Where it was computed, such as ``cpu`` or ``cuda: NVIDIA H200``.
         """
+        assert not self._shared, "processes that share a slot do not commit it"
         for name, entry in list(self._files.items()):
             if entry.get("open"):
                 self._enter(name)
@@ -560,9 +593,15 @@ class Workspace:
         """Where a stage's artifacts lie."""
         return self.root / self.run / stage
 
-    def open(self, key: StageKey) -> Slot:
-        """The slot for a key, to be used as a context manager (it holds the lock)."""
-        return Slot(self, key, on_wait=self.on_wait)
+    def open(self, key: StageKey, *, shared: bool = False) -> Slot:
+        """The slot for a key, to be used as a context manager (it holds the lock).
+
+        Args:
+            key: What to make.
+            shared: Any number of processes may hold the slot together, each saving other checkpoints. One that opens
+                it alone, to merge and commit them, waits until they have gone.
+        """
+        return Slot(self, key, on_wait=self.on_wait, shared=shared)
 
     def find(self, key: StageKey) -> Artifact | None:
         """The complete artifact of a key, if there is one."""
@@ -633,11 +672,12 @@ def package_versions() -> dict[str, str]:
 
 
 class _Lock:
-    """An advisory lock on a file; the kernel frees it when its holder dies."""
+    """An advisory lock on a file, held alone or ``shared``; the kernel frees it when its holder dies."""
 
-    def __init__(self, path: Path, on_wait: Callable[[str], None] | None) -> None:
+    def __init__(self, path: Path, on_wait: Callable[[str], None] | None, *, shared: bool = False) -> None:
         self._path = path
         self._on_wait = on_wait
+        self._shared = shared
         self._descriptor: int | None = None
 
     def try_acquire(self) -> bool:
@@ -646,7 +686,7 @@ class _Lock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             os.close(descriptor)
             return False
@@ -700,6 +740,16 @@ def _write_atomic(path: Path, writer: Callable[[Path], object]) -> None:
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, writer: Callable[[Path], object]) -> None:
+    try:
+        _write_atomic(path, writer)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            hint = "Free some space and run the same command again: finished files are kept."
+            raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
         raise
 
 

@@ -54,6 +54,13 @@ def _complete_profile(incomplete: str) -> list[str]:
     return [name for name in shipped.profiles() if name.startswith(incomplete)]
 
 
+class Flow(str, Enum):
+    """What images are, and so which encoder they go through."""
+
+    REAL = "real"
+    GENERATED = "generated"
+
+
 class OnBad(str, Enum):
     """What a bad record does."""
 
@@ -108,6 +115,12 @@ ImagesOption = Annotated[
 LimitOption = Annotated[
     int | None,
     typer.Option("--limit", parser=_count, metavar="N", help="Use the first N images with all their captions."),
+]
+FlowOption = Annotated[
+    Flow | None,
+    typer.Option(
+        "--flow", help="Embed the images through f_r, or as generated ones through f_g (embed.flow); default: real."
+    ),
 ]
 OnBadOption = Annotated[
     OnBad | None, typer.Option("--on-bad", help="What a bad caption or image record does (data.on_bad).")
@@ -198,10 +211,21 @@ def train(
 def embed(
     captions: Annotated[
         str | None,
-        typer.Option("--captions", metavar="PATH", help="Captions and images to embed (data.test)."),
+        typer.Option(
+            "--captions",
+            metavar="PATH",
+            help="Captions and images to embed, a folder of images, or a generate artifact (data.test).",
+        ),
     ] = None,
     images: ImagesOption = None,
+    flow: FlowOption = None,
     limit: LimitOption = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Embed only part I of N; whoever finds every part done merges them (for job arrays)."
+        ),
+    ] = None,
     generated: GeneratedOption = None,
     aligned: AlignedOption = None,
     train_: TrainOption = None,
@@ -214,9 +238,20 @@ def embed(
     dry_run: DryRunOption = False,
 ) -> None:
     """Embed real images through f_r, generated ones through f_g, and texts; ids stay with vectors."""
-    flags = {"data.test": captions, "data.test_images": images, "data.test_limit": limit, "data.on_bad": on_bad}
+    flags = {
+        "data.test": captions,
+        "data.test_images": images,
+        "data.test_limit": limit,
+        "data.on_bad": on_bad,
+        "embed.flow": flow,
+    }
+    part = None if shard is None else _part(shard)
     context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
-    _stage("embed", context, generated=generated, aligned=aligned, train=train_)
+    inputs = {"generated": generated, "aligned": aligned, "train": train_}
+    if part is None or dry_run:
+        _stage("embed", context, **inputs)
+    else:
+        _embed_part(context, part, inputs)
 
 
 @app.command()
@@ -559,14 +594,48 @@ class _Context:
                 typer.echo(f"          changed {change}")
 
 
-def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | None:
+def _inputs(
+    name: str, context: _Context, profile: Profile, space: Workspace, inputs: Mapping[str, Path | None]
+) -> dict[str, Artifact]:
     from gmail_cli import plan
     from gmail_cli.artifacts import Artifact
 
-    profile, space = context.load()
     given = {key: Artifact.load(path) for key, path in inputs.items() if path is not None}
-    alone = name == "embed" and not given and context.flags.get("data.test") is not None
-    found = plan.find_inputs(name, space, given=given, optional_only=alone)
+    named = name == "embed" and not given and context.flags.get("data.test") is not None
+    alone = named and profile.embed.flow == "real"  # f_g is the run's latest
+    return plan.find_inputs(name, space, given=given, optional_only=alone)
+
+
+def _embed_part(context: _Context, part: tuple[int, int], inputs: Mapping[str, Path | None]) -> None:
+    """One process of a job array."""
+    from gmail_cli.stages import embed as stage
+
+    profile, space = context.load()
+    found = _inputs("embed", context, profile, space, inputs)
+    with Progress() as progress:
+        made = stage.run_part(profile, space, part=part, progress=progress.task("embed"), **found)
+    if not isinstance(made, stage.Waiting):
+        _announce(made, reused=False)
+        typer.echo(json.dumps(_describe(made)) if context.as_json else _shown(made.path))
+        return
+    _say(f"embed: part {part[0]} of {part[1]} done; {made.done} of {made.shards} shards are there")
+    if context.as_json:
+        about = {"stage": "embed", "path": None, "digest": made.key.digest, "done": made.done, "shards": made.shards}
+        typer.echo(json.dumps(about))
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise UsageError(f"--shard {text!r} is not I/N", hint="Count from 1: --shard 1/4 to --shard 4/4.")
+    return int(number), int(parts)
+
+
+def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | None:
+    from gmail_cli import plan
+
+    profile, space = context.load()
+    found = _inputs(name, context, profile, space, inputs)
     if context.dry_run:
         context.print_plan(plan.steps(profile, space, stages=[name], given=found))
         return None

@@ -321,6 +321,10 @@ class Train(Section):
 class Embed(Section):
     """Unit embeddings with their ids."""
 
+    flow: Literal["real", "generated"] = "real"
+    """What the images of `data.test` are, and so what they go through: `real` ones through f_r, `generated` ones
+    through f_g of the align artifact (paper, Algorithm 1, step 4). A generated set is embedded alone, without the
+    tables of trained models and of the modality gap, and `gmail eval` refuses to test on it."""
     real_encoder: Literal["original", "tuned"] = "original"
     """What real images go through at evaluation: f_r (paper, Fig. 1 and Algorithm 1), or f_g as one sentence of its
     section 3.2 has it."""
@@ -330,6 +334,9 @@ class Embed(Section):
     """Pairs of real and generated images to measure the modality gap on (paper, Table 14 and Fig. 3); 0 for none."""
     batch_size: Count = 256
     """Images or texts per forward pass."""
+    shard_rows: Count = 4096
+    """Rows that are embedded and written to disk together: what a killed run loses at most, what `--shard` deals out,
+    and the texts among which those of like length are found. A multiple of `batch_size` wastes nothing."""
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of stored vectors; they are normalised in float32 first."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -372,6 +379,9 @@ class Eval(Section):
     """Beams that captions are generated with; 1 is greedy."""
     caption_tokens: Count = 48
     """Most tokens of a generated caption."""
+    allow_generated_flow: bool = False
+    """Also evaluate test images that were embedded through f_g (`embed.flow = "generated"`). `embed.real_encoder =
+    "tuned"` allows it for its own test set."""
     shared_captions: Literal["auto", "fail", "report"] = "auto"
     """Captions that training and test set share, word for word: stop, or count them in the report. `auto` stops when
     more than a tenth of the test captions are shared, unless they name classes. Shared images always stop."""

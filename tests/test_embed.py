@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import itertools
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import numpy as np
 import pytest
 from small_clips import VIT
 
+from gmail_cli import artifacts
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components import captions as reader
 from gmail_cli.components import encoders, tables
+from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile
@@ -148,8 +153,7 @@ def test_tables_that_may_be_compared_share_a_space(whole: Artifact):
     tables.require_same_space(found["test-images@clip.real.seed0"], found["test-texts@clip.real.seed0"])
     with pytest.raises(InputError, match="space"):
         tables.require_same_space(found["test-images"], found["test-texts@clip.real.seed0"])
-    with pytest.raises(InputError, match="generated"):
-        tables.require_same_space(found["gap-generated-aligned"], found["test-texts"])
+    tables.require_same_space(found["gap-real"], found["gap-generated-aligned"])
 
 
 def test_each_table_comes_from_its_own_encoder(whole: Artifact, clips: dict[str, Path]):
@@ -202,37 +206,185 @@ def test_real_images_through_f_g_only_when_asked(
         embed.run(tuned, workspace)
     made = _tables(embed.run(tuned, workspace, aligned=aligned))["test-images"]
     original = _tables(whole)["test-images"]
+    assert made.header.flow == "generated"
     assert made.header.encoder_digest == encoders.model_digest(clips["f_g"]) != original.header.encoder_digest
     assert np.abs(made.vectors - original.vectors).max() > 1e-2
 
 
-def test_an_interrupted_run_keeps_whole_tables(
-    clips: dict[str, Path], tmp_path: Path, whole: Artifact, workspace: Workspace, monkeypatch: pytest.MonkeyPatch,
-    generated: Artifact, aligned: Artifact, train: Artifact,
+# -- shards ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sharded(clips: dict[str, Path], workspace: Workspace, generated: Artifact, aligned: Artifact) -> Artifact:
+    """A run in shards of 4 rows, never interrupted."""
+    return embed.run(_profile(clips, shard_rows=4), workspace, generated=generated, aligned=aligned)
+
+
+def test_shards_move_no_row(sharded: Artifact, whole: Artifact):
+    expected = _tables(whole)
+    for name, table in _tables(sharded).items():
+        assert table.rows == expected[name].rows
+        np.testing.assert_allclose(table.vectors, expected[name].vectors, atol=1e-6, err_msg=name)
+
+
+def _embed_until_killed(at: int, profile: Profile, workspace: Workspace, inputs: dict[str, Artifact]) -> None:
+    """Embed, and die at the ``at``-th time that something is flushed to disk and not yet renamed."""
+    flush, left = artifacts._fsync, itertools.count(at - 1, -1)
+
+    def deadly(path: Path) -> None:
+        if next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(path)
+
+    artifacts._fsync = deadly
+    embed.run(profile, workspace, **inputs)
+
+
+def test_killed_again_and_again_a_run_loses_one_shard_at_a_time(
+    clips: dict[str, Path], tmp_path: Path, sharded: Artifact, generated: Artifact, aligned: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    other, profile = Workspace(tmp_path, "test"), _profile(clips)
-    done: list[str] = []
-    original: Callable[..., Table] = embed._embed
+    profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
+    inputs = {"generated": generated, "aligned": aligned}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gmail_cli.stages.embed", "gmail_cli.components.encoders", "open_clip"])
+    scratch = workspace.folder("embed") / f"{sharded.digest[:12]}.partial" / "scratch" / "shards"
+    there: list[set[str]] = []
+    for at in (3, 6, 11):  # in a shard of images, between the files of a table, in a shard of texts
+        child = context.Process(target=_embed_until_killed, args=(at, profile, workspace, inputs))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        there.append({f"{file.parent.name}/{int(file.stem)}" for file in scratch.rglob("*.safetensors")})
+    assert there[-1], "the last kill must leave shards to reuse"
+    assert there[0] == {"test-images/0"}, "one shard done, the second one lost"
+    asked: set[str] = set()
+    fill = embed._Job.fill
 
-    def stops(wanted: Any, *args: Any, **kwargs: Any) -> Table:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(wanted.name)
-        return original(wanted, *args, **kwargs)
+    def record(job: Any, shards: Any, *, progress: Any) -> None:
+        asked.update(f"{job.wanted.name}/{shard.start}" for shard in shards)
+        fill(job, shards, progress=progress)
 
-    inputs = {"generated": generated, "aligned": aligned, "train": train}
-    monkeypatch.setattr(embed, "_embed", stops)
-    with pytest.raises(KeyboardInterrupt):
-        embed.run(profile, other, **inputs)
-    rest: list[str] = []
-    monkeypatch.setattr(embed, "_embed", lambda each, *a, **k: (rest.append(each.name), original(each, *a, **k))[1])
-    artifact = embed.run(profile, other, **inputs)
-    assert not set(done) & set(rest)
-    assert artifact.content == whole.content
+    monkeypatch.setattr(embed._Job, "fill", record)
+    artifact = embed.run(profile, workspace, **inputs)
+    assert artifact.content == sharded.content
+    assert not asked & there[-1]
+    assert not any(name.startswith("test-images/") for name in asked), "that table was whole"
+    assert artifact.verify() == []
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_embedded_apart_end_in_the_bytes_of_one_process(
+    parts: int, clips: dict[str, Path], tmp_path: Path, sharded: Artifact, generated: Artifact, aligned: Artifact
+):
+    profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
+    inputs = {"generated": generated, "aligned": aligned}
+    found = [embed.run_part(profile, workspace, part=(part, parts), **inputs) for part in range(parts, 0, -1)]
+    counts = [each.done for each in found[:-1] if isinstance(each, embed.Waiting)]
+    assert len(counts) == parts - 1, "only the last one finds every shard done"
+    assert counts == sorted(set(counts))
+    assert isinstance(found[-1], Artifact)
+    assert found[-1].content == sharded.content
+    again = embed.run_part(profile, workspace, part=(1, parts), **inputs)
+    assert isinstance(again, Artifact)
+    assert again.path == found[-1].path
+
+
+def test_a_run_without_part_finishes_what_parts_left(
+    clips: dict[str, Path], tmp_path: Path, sharded: Artifact, generated: Artifact, aligned: Artifact
+):
+    profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
+    inputs = {"generated": generated, "aligned": aligned}
+    waiting = embed.run_part(profile, workspace, part=(2, 3), **inputs)
+    assert isinstance(waiting, embed.Waiting)
+    assert 0 < waiting.done < waiting.shards
+    assert workspace.is_partial(waiting.key)
+    assert embed.run(profile, workspace, **inputs).content == sharded.content
+
+
+def test_parts_run_at_once(
+    clips: dict[str, Path], tmp_path: Path, sharded: Artifact, generated: Artifact, aligned: Artifact
+):
+    profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
+    context = multiprocessing.get_context("forkserver")
+    options = {"generated": generated, "aligned": aligned}
+    children = [
+        context.Process(target=embed.run_part, args=(profile, workspace), kwargs={"part": (part, 2), **options})
+        for part in (1, 2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    made = workspace.latest("embed")
+    assert made is not None, "whoever finished last has merged"
+    assert made.content == sharded.content
+
+
+@pytest.mark.parametrize("part", [(0, 2), (3, 2)])
+def test_parts_that_do_not_exist_are_refused(part: tuple[int, int], clips: dict[str, Path], workspace: Workspace):
+    with pytest.raises(UsageError, match=f"part {part[0]} of 2"):
+        embed.run_part(_profile(clips), workspace, part=part)
+
+
+def test_a_damaged_shard_is_embedded_again(clips: dict[str, Path], tmp_path: Path, whole: Artifact):
+    profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
+    waiting = embed.run_part(profile, workspace, part=(1, 2))
+    assert isinstance(waiting, embed.Waiting)
+    shard = next(workspace.folder("embed").rglob("test-images/000000000000.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(InputError, match="rows 0 to 3 of test-images are damaged"):
+        embed.run(profile, workspace)
+    np.testing.assert_allclose(
+        _tables(embed.run(profile, workspace))["test-images"].vectors, _tables(whole)["test-images"].vectors, atol=1e-6
+    )
+
+
+def test_tables_are_read_by_numpy_and_pyarrow(sharded: Artifact):
+    from pyarrow import json as arrow_json
+
+    folder = sharded.folder("test-texts")
+    table = Table.load(folder)
+    mapped = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    assert isinstance(table.vectors, np.memmap), "vectors are mapped, not read"
+    assert np.array_equal(mapped, table.vectors)
+    rows = arrow_json.read_json(folder / "rows.jsonl")
+    assert rows["id"].to_pylist() == table.ids
+    assert rows["truncated"].to_pylist() == [row["truncated"] for row in table.rows]
+
+
+# -- flows -------------------------------------------------------------------------------------------------------
+
+
+def test_generated_images_go_through_f_g(
+    clips: dict[str, Path], workspace: Workspace, generated: Artifact, aligned: Artifact, train: Artifact
+):
+    base = _profile(clips).model_dump()
+    given = profiles.build({**base, "data": {"test": str(generated.path)}, "embed": {"flow": "generated"}})
+    with pytest.raises(UsageError, match="needs an align artifact"):
+        embed.run(given, workspace, generated=generated)
+    made = embed.run(given, workspace, generated=generated, aligned=aligned, train=train)
+    assert made.digest == embed.plan_key(given, aligned=aligned.digest).digest
+    assert made.manifest["key"]["settings"]["flow"] == "generated"
+    found = _tables(made)
+    assert set(found) == {"test-images", "test-texts", "test-classes"}, "a generated set is embedded alone"
+    images = GeneratedSet.load(generated.path)
+    assert found["test-images"].ids == [row.key for row in images.rows]
+    assert [row["owner"] for row in found["test-texts"].rows] == [row.key for row in images.rows]
+    assert found["test-images"].header.flow == "generated"
+    f_g = encoders.embed_images(encoders.load_clip(clips["f_g"]), images.image_bytes, len(images))
+    np.testing.assert_allclose(found["test-images"].vectors, f_g, atol=1e-6)
+    through_f_r = given.model_copy(update={"embed": _profile(clips).embed})
+    naive = _tables(embed.run(through_f_r, workspace))["test-images"]
+    assert naive.header.flow == "real"
+    f_r = encoders.embed_images(encoders.load_clip(clips["f_r"]), images.image_bytes, len(images))
+    np.testing.assert_allclose(naive.vectors, f_r, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "float16"}, {"templates": ["a {}"]}, {"gap_count": 3}, {"batch_size": 5}]
+    "changes",
+    [{"dtype": "float16"}, {"templates": ["a {}"]}, {"gap_count": 3}, {"batch_size": 5}, {"shard_rows": 3}],
 )
 def test_every_setting_changes_digest_and_result(
     changes: dict[str, Any], clips: dict[str, Path], workspace: Workspace, whole: Artifact, generated: Artifact
@@ -241,7 +393,7 @@ def test_every_setting_changes_digest_and_result(
     profile = _profile(clips, **changes)
     artifact = embed.run(profile, workspace, generated=generated)
     assert artifact.digest == embed.plan_key(profile, generated=generated.digest).digest != base.digest
-    if "batch_size" not in changes:  # which may move the last bits only
+    if not {"batch_size", "shard_rows"} & set(changes):  # which may move the last bits only
         assert artifact.content != base.content
     if "dtype" in changes:
         assert {table.vectors.dtype for table in _tables(artifact).values()} == {np.dtype(np.float16)}

@@ -87,9 +87,16 @@ class World:
         means = np.stack([self.images[labels == label].mean(axis=0) for label in names])
         return table(name, means, [{"id": label, "label": label} for label in names], "text", "text")
 
-    def embeddings(self, *, plain: bool = False, profile: Profile | None = None) -> Artifact:
+    def embeddings(
+        self,
+        *,
+        plain: bool = False,
+        profile: Profile | None = None,
+        flow: Flow = "real",
+        real_encoder: str = "original",
+    ) -> Artifact:
         rows = [{"id": image.id, "label": image.label} for image in self.test.images]
-        tables = [table("test-images", self.images, rows, "image", "real"), self.texts("test-texts", ARMS["none"], 9)]
+        tables = [table("test-images", self.images, rows, "image", flow), self.texts("test-texts", ARMS["none"], 9)]
         if not plain:
             for cell in self.cells:
                 name = cell_name(cell)
@@ -102,7 +109,8 @@ class World:
             tables.append(table("gap-generated-naive", self.images + shift, pairs, "image", "real"))
             tables.append(table("gap-generated-aligned", self.images + 0.1 * shift, pairs, "image", "generated"))
         origins = sources.origins(profile or self.profile())
-        key = StageKey(stage="embed", version=1, settings={"plain": plain, "origins": origins})
+        chosen = {"plain": plain, "origins": origins, "flow": flow, "real_encoder": real_encoder}
+        key = StageKey(stage="embed", version=1, settings=chosen)
         with self.workspace.open(key) as slot:
             for each in tables if not slot.done else ():
                 write(slot, each)
@@ -558,17 +566,15 @@ def test_a_text_of_no_test_image_is_refused() -> None:
         measure.retrieval(images, texts=texts, ks=(1,))
 
 
-def test_generated_images_are_no_test_images() -> None:
-    images = table("test-images", np.eye(2, dtype=np.float32), [{"id": "a"}, {"id": "b"}], "image", "generated")
-    texts = table(
-        "test-texts",
-        np.eye(2, dtype=np.float32),
-        [{"id": "1", "owner": "a"}, {"id": "2", "owner": "b"}],
-        "text",
-        "text",
-    )
-    with pytest.raises(InputError, match="encoder of generated images"):
-        measure.retrieval(images, texts=texts, ks=(1,))
+def test_test_images_through_f_g_are_refused_unless_told(world: World) -> None:
+    given = {"embeddings": world.embeddings(plain=True, flow="generated")}
+    with pytest.raises(InputError, match="went through f_g") as refused:
+        evaluate.run(world.profile(), world.workspace, **given)
+    assert "--flow real" in refused.value.hint
+    allowed = evaluate.run(world.profile(allow_generated_flow=True), world.workspace, **given)
+    tuned = world.embeddings(plain=True, flow="generated", real_encoder="tuned")
+    told = evaluate.run(world.profile(), world.workspace, embeddings=tuned)
+    assert allowed.summary["metrics"] == told.summary["metrics"] != {}
 
 
 def test_headers_survive_as_the_stage_wrote_them(world: World) -> None:

@@ -127,18 +127,18 @@ def test_batches_keep_order_and_read_ahead_only_a_little(shared_data: Path) -> N
             started.add(i)
         return dataset.image_bytes(i)
 
-    stream = batches(image_bytes, 37, preprocess=preprocess, batch_size=5, workers=3)
+    stream = batches(image_bytes, [range(22), range(22, 37)], preprocess=preprocess, batch_size=5, workers=3)
     found = [next(stream)]
     assert len(started) <= 5 * 4
     found += stream
-    assert [len(batch) for batch in found] == [5] * 7 + [2]
-    expected = np.stack([preprocess(dataset.image_bytes(i)) for i in range(37)])
+    assert [len(batch) for batch in found] == [5] * 4 + [2] + [5] * 3
+    expected = np.stack([preprocess.pixels(dataset.image_bytes(i)) for i in range(37)])
     assert np.array_equal(np.concatenate(found), expected)
 
 
 def test_batches_name_the_row_that_fails_and_stop() -> None:
     good = encoded(noise(8, 8))
-    stream = batches(lambda i: b"?" if i == 5 else good, 9, preprocess=Preprocess(8), batch_size=2, workers=2)
+    stream = batches(lambda i: b"?" if i == 5 else good, [range(9)], preprocess=Preprocess(8), batch_size=2, workers=2)
     with pytest.raises(InputError, match="image 5"):
         list(stream)
     assert threading.active_count() < 5

@@ -191,15 +191,15 @@ class Material:
 
             def fill(start: int, stop: int) -> np.ndarray:
                 read = batches(
-                    lambda i: image_bytes(rows[start + i]),
-                    stop - start,
-                    preprocess=plain,
+                    lambda i: image_bytes(rows[i]),
+                    [range(start, stop)],
+                    preprocess=preprocess,
                     batch_size=256,
                     workers=self._workers,
                 )
-                return np.concatenate([batch.round().astype(np.uint8).transpose(0, 2, 3, 1) for batch in read])
+                return np.concatenate([batch.transpose(0, 2, 3, 1) for batch in read])
 
-            shape = (len(rows), plain.size, plain.size, 3)
+            shape = (len(rows), preprocess.size, preprocess.size, 3)
             values = torch.from_numpy(self._cache(name, shape, "uint8", fill))
             self._views[name] = View(values, candidates, real=real)
         return self._views[name]

@@ -14,17 +14,19 @@ import functools
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from gmail_cli.components.images import Preprocess, batches
+from gmail_cli.components.pixels import normalised
 from gmail_cli.errors import InputError, SetupError, UsageError
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -117,11 +119,18 @@ class Clip:
             features = self.model.encode_image(pixels.to(self.device))
         return nn.functional.normalize(features.float(), dim=-1)
 
+    def encode_pixels(self, pixels: UInt8[np.ndarray, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Unit fp32 embeddings of decoded and scaled images, not normalised yet."""
+        with torch.inference_mode():
+            values = _upload(torch.from_numpy(pixels), self.device)
+            return self.encode_images(normalised(values, preprocess=self.preprocess))
+
     @torch.inference_mode()
     def encode_tokens(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
-        """Unit fp32 embeddings of token ids."""
+        """Unit fp32 embeddings of token ids; those of a GPU's model are best given on the CPU."""
+        length = text_length(self.model, ids)
         with self.autocast():
-            features = text_features(self.model, ids.to(self.device))
+            features = text_features(self.model, _upload(ids[:, :length], self.device), length=length)
         return nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch dim"]:
@@ -158,19 +167,31 @@ def describe_device(device: torch.device) -> str:
 # -- text towers -------------------------------------------------------------------------------------------------
 
 
-def text_features(model: Any, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
+def text_length(model: Any, ids: Int[Tensor, "batch length"]) -> int:
+    """How many positions of these texts can matter.
+
+    In a causal tower that pools at the end-of-text token nothing after that token has any influence, so a batch ends at
+    its last end-of-text token. Other towers read all positions.
+    """
+    return int(_ends(model, ids).max()) + 1 if _trims(model) and len(ids) else ids.shape[1]
+
+
+def text_features(
+    model: Any, ids: Int[Tensor, "batch length"], *, length: int | None = None
+) -> Float[Tensor, "batch dim"]:
     """Text features before normalisation, differentiable, reading only the positions that can matter.
 
-    In a causal tower that pools at the end-of-text token nothing after that token has any influence, so the batch is
-    cut at its last end-of-text token. Other towers read all positions.
+    Args:
+        model: The open_clip module.
+        ids: Token ids, on the model's device.
+        length: :func:`text_length` of ``ids``, where it is known without asking the device.
     """
     tower = getattr(model, "text", model)
     if not _trims(model):
         return model.encode_text(ids)
     from open_clip.transformer import text_global_pool
 
-    ends = _ends(model, ids)
-    length = int(ends.max()) + 1
+    length = text_length(model, ids) if length is None else length
     ids = ids[:, :length]
     dtype = tower.transformer.get_cast_dtype()
     hidden = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
@@ -518,44 +539,153 @@ def embed_images(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> Float[np.ndarray, "count dim"]:
-    """Unit fp32 embeddings of ``count`` stored images, in order.
+    """Unit fp32 embeddings of ``count`` stored images, in order; see :func:`image_shards`."""
+    parts = image_shards(clip, image_bytes, [range(count)], batch_size=batch_size, workers=workers, progress=progress)
+    return next(parts)
+
+
+def image_shards(
+    clip: Clip,
+    image_bytes: Callable[[int], bytes],
+    shards: Sequence[range],
+    *,
+    batch_size: int = 256,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> Iterator[Float[np.ndarray, "rows dim"]]:
+    """Unit fp32 embeddings of stored images, one array for each of ``shards``, whatever shards go before it.
+
+    Images are decoded in threads while the model computes; memory is that of a shard's vectors and a few batches of
+    pixels. A GPU is given the next shard before the last one is waited for.
 
     Args:
         clip: Which encoder.
-        image_bytes: Encoded bytes (JPEG, PNG, ...) of image ``i``.
-        count: How many.
+        image_bytes: Encoded bytes (JPEG, PNG, ...) of image ``i``; called from several threads.
+        shards: Numbers of the images of each.
         batch_size: Images per forward pass.
         workers: Threads that decode ahead.
-        progress: Called with (done, count).
+        progress: Called with (done, images in all).
 
     Raises:
         InputError: An image cannot be decoded.
     """
-    vectors = np.empty((count, clip.dim), dtype=np.float32)
-    done = 0
-    for pixels in batches(image_bytes, count, preprocess=clip.preprocess, batch_size=batch_size, workers=workers):
-        vectors[done : done + len(pixels)] = clip.encode_images(torch.from_numpy(pixels)).cpu().numpy()
-        done += len(pixels)
-        if progress:
-            progress(done, count)
-    return vectors
+    read = batches(image_bytes, shards, preprocess=clip.preprocess, batch_size=batch_size, workers=workers)
+    total, done = sum(map(len, shards)), 0
+
+    def encode(shard: range) -> _Download:
+        nonlocal done
+        features: list[Tensor] = []
+        left = len(shard)
+        while left:
+            features.append(clip.encode_pixels(next(read)))
+            left -= len(features[-1])
+            done += len(features[-1])
+            if progress:
+                progress(done, total)
+        return _Download(features, dim=clip.dim)
+
+    with contextlib.closing(read):
+        encoded = (encode(shard) for shard in shards)
+        for download in _one_behind(encoded) if clip.device.type == "cuda" else encoded:
+            yield download.array()
 
 
 def embed_texts(
     clip: Clip, texts: Sequence[str], *, batch_size: int = 256, progress: Progress | None = None
 ) -> tuple[Float[np.ndarray, "count dim"], Bool[np.ndarray, " count"]]:
-    """Unit fp32 embeddings of texts, in order, and which of them were truncated.
+    """Unit fp32 embeddings of texts, in order, and which of them were truncated; see :func:`text_shards`."""
+    parts = text_shards(clip, texts.__getitem__, [range(len(texts))], batch_size=batch_size, progress=progress)
+    return next(parts)
 
-    Texts of like length share a batch, so short captions do not pay for the padding of long ones.
+
+def text_shards(
+    clip: Clip,
+    text: Callable[[int], str],
+    shards: Sequence[range],
+    *,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Float[np.ndarray, "rows dim"], Bool[np.ndarray, " rows"]]]:
+    """Unit fp32 embeddings of texts, in order, and which of them were truncated, for each of ``shards``.
+
+    Texts of like length share a batch, so short captions do not pay for the padding of long ones. The next shard is
+    tokenized while the model computes.
+
+    Args:
+        clip: Which encoder.
+        text: Text ``i``.
+        shards: Numbers of the texts of each.
+        batch_size: Texts per forward pass.
+        progress: Called with (done, texts in all).
     """
-    vectors = np.empty((len(texts), clip.dim), dtype=np.float32)
-    if not texts:
-        return vectors, np.zeros(0, dtype=bool)
-    tokens = clip.tokenize(texts)
-    order = torch.argsort(clip.lengths(tokens.ids), stable=True)
-    for start in range(0, len(texts), batch_size):
-        rows = order[start : start + batch_size]
-        vectors[rows.numpy()] = clip.encode_tokens(tokens.ids[rows]).cpu().numpy()
-        if progress:
-            progress(start + len(rows), len(texts))
-    return vectors, tokens.truncated.numpy()
+    total, done = sum(map(len, shards)), 0
+
+    def tokenize(shard: range) -> Tokens:
+        if not shard:
+            return Tokens(torch.zeros((0, 1), dtype=torch.long), torch.zeros(0, dtype=torch.bool))
+        return clip.tokenize([text(row) for row in shard])
+
+    def encode(tokens: Tokens) -> tuple[_Download, Bool[np.ndarray, " rows"]]:
+        nonlocal done
+        order = torch.argsort(clip.lengths(tokens.ids), stable=True) if len(tokens.ids) else torch.arange(0)
+        features = []
+        for rows in order.split(batch_size) if len(order) else ():
+            features.append(clip.encode_tokens(tokens.ids[rows]))
+            done += len(rows)
+            if progress:
+                progress(done, total)
+        return _Download(features, dim=clip.dim, order=order.numpy()), tokens.truncated.numpy()
+
+    with ThreadPoolExecutor(1) as pool:
+        tokenized = _one_behind(pool.submit(tokenize, shard) for shard in shards)
+        encoded = (encode(tokens.result()) for tokens in tokenized)
+        for download, truncated in _one_behind(encoded) if clip.device.type == "cuda" else encoded:
+            yield download.array(), truncated
+
+
+class _Download:
+    """Features on their way to the CPU; from a GPU the copy is only asked for, and waited for when it is read."""
+
+    def __init__(
+        self, features: Sequence[Float[Tensor, "batch dim"]], *, dim: int, order: Int[np.ndarray, " rows"] | None = None
+    ) -> None:
+        whole = torch.cat(list(features)) if features else torch.zeros((0, dim))
+        self._order = order
+        self._copied: torch.cuda.Event | None = None
+        self._host = whole
+        if whole.device.type == "cuda":
+            self._host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+            self._host.copy_(whole, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def array(self) -> Float[np.ndarray, "rows dim"]:
+        """The features, in the order of the rows they belong to."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = self._host.cpu().numpy()
+        if self._order is None:
+            return values
+        sorted_back = np.empty_like(values)
+        sorted_back[self._order] = values
+        return sorted_back
+
+
+_Item = TypeVar("_Item")
+
+
+def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
+    """The items, each handed out only when the next one has been made."""
+    source = iter(items)
+    for item in source:
+        for following in source:
+            yield item
+            item = following
+        yield item
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a GPU is given it without waiting for what it is doing."""
+    if device.type != "cuda" or values.device.type == "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

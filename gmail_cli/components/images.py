@@ -8,14 +8,14 @@ import json
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from gmail_cli.components.captions import inside
@@ -153,12 +153,20 @@ class Preprocess:
         Raises:
             InputError: The image cannot be decoded; see ``decode``.
         """
-        pixels = np.asarray(self._scale(decode(data, name=name)), dtype=np.uint8)
-        channels = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+        channels = self.pixels(data, name=name).astype(np.float32)
         channels /= np.float32(255)
         channels -= np.array(self.mean, dtype=np.float32)[:, None, None]
         channels /= np.array(self.std, dtype=np.float32)[:, None, None]
         return channels
+
+    def pixels(self, data: bytes, *, name: str = "image") -> UInt8[np.ndarray, "3 size size"]:
+        """Decode, scale and crop one image: all but the normalisation.
+
+        Raises:
+            InputError: The image cannot be decoded; see ``decode``.
+        """
+        pixels = np.asarray(self._scale(decode(data, name=name)), dtype=np.uint8)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _scale(self, image: Image.Image) -> Image.Image:
         method = Image.Resampling[self.interpolation.upper()]
@@ -182,20 +190,21 @@ def _channels(key: str, value: Any) -> tuple[float, float, float]:
 
 def batches(
     image_bytes: Callable[[int], bytes],
-    count: int,
+    parts: Sequence[range],
     *,
     preprocess: Preprocess,
     batch_size: int,
     workers: int,
-) -> Iterator[Float32[np.ndarray, "batch 3 size size"]]:
-    """Read, decode and preprocess images 0 .. count-1 in order, ``READ_AHEAD`` batches ahead of their use.
+) -> Generator[UInt8[np.ndarray, "batch 3 size size"], None, None]:
+    """Read, decode, scale and crop images in order, ``READ_AHEAD`` batches ahead of their use.
 
-    Memory does not grow with ``count``. Every batch but the last has ``batch_size`` images.
+    Memory does not grow with the number of images. Every batch but the last of a part has ``batch_size`` images, so
+    a part's batches do not depend on the parts before it.
 
     Args:
         image_bytes: The encoded bytes of image i, such as ``Dataset.image_bytes``; called from several threads.
-        count: Number of images.
-        preprocess: What to do with each.
+        parts: Numbers of the images.
+        preprocess: What to do with each; normalisation is left to the reader.
         batch_size: Images in a batch.
         workers: Threads that decode.
 
@@ -205,24 +214,23 @@ def batches(
     workers = max(1, workers)
     slices = min(workers, batch_size)
 
-    def fill(out: Float32[np.ndarray, "batch 3 size size"], start: int, part: int) -> None:
-        for row in range(part, len(out), slices):
-            out[row] = preprocess(image_bytes(start + row), name=f"image {start + row}")
+    def fill(out: UInt8[np.ndarray, "batch 3 size size"], rows: range, part: int) -> None:
+        for place in range(part, len(rows), slices):
+            out[place] = preprocess.pixels(image_bytes(rows[place]), name=f"image {rows[place]}")
 
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[tuple[Float32[np.ndarray, "batch 3 size size"], list[Future[None]]]] = deque()
-        starts = iter(range(0, count, batch_size))
+        ahead: deque[tuple[UInt8[np.ndarray, "batch 3 size size"], list[Future[None]]]] = deque()
+        cuts = (part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size))
         try:
             while True:
-                while len(ahead) <= READ_AHEAD and (start := next(starts, None)) is not None:
-                    rows = min(batch_size, count - start)
-                    out = np.empty((rows, 3, preprocess.size, preprocess.size), dtype=np.float32)
-                    ahead.append((out, [pool.submit(fill, out, start, part) for part in range(slices)]))
+                while len(ahead) <= READ_AHEAD and (rows := next(cuts, None)) is not None:
+                    out = np.empty((len(rows), 3, preprocess.size, preprocess.size), dtype=np.uint8)
+                    ahead.append((out, [pool.submit(fill, out, rows, part) for part in range(slices)]))
                 if not ahead:
                     return
-                out, parts = ahead.popleft()
-                for part in parts:
-                    part.result()
+                out, filling = ahead.popleft()
+                for each in filling:
+                    each.result()
                 yield out
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

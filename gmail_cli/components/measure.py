@@ -189,7 +189,7 @@ def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
     Raises:
         InputError: The tables are not partners, or do not live in one space.
     """
-    require_same_space(real, generated, allow_generated=True)
+    require_same_space(real, generated)
     if len(real.vectors) != len(generated.vectors):
         raise InputError(
             f"tables {real.header.name!r} and {generated.header.name!r} have {len(real.vectors)} and "

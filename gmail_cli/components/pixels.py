@@ -32,8 +32,6 @@ class Pixels:
         self._image_bytes = image_bytes
         self._preprocess = preprocess
         self._device = device
-        self._mean = np.array(preprocess.mean, dtype=np.float32)[:, None, None]
-        self._std = np.array(preprocess.std, dtype=np.float32)[:, None, None]
         self._pool = ThreadPoolExecutor(max(1, workers))
         self._ahead: tuple[Int[np.ndarray, " batch"], list[Future[UInt8[np.ndarray, "3 size size"]]]] | None = None
         self._held: UInt8[np.ndarray, "count 3 size size"] | None = None
@@ -52,9 +50,7 @@ class Pixels:
                 self.prefetch(rows)
             assert self._ahead is not None
             values = np.stack([future.result() for future in self._ahead[1]])
-        pixels = torch.from_numpy(values).to(self._device).float()
-        mean, std = (torch.from_numpy(each).to(self._device) for each in (self._mean, self._std))
-        return pixels.div_(255).sub_(mean).div_(std)
+        return normalised(torch.from_numpy(values).to(self._device), preprocess=self._preprocess)
 
     def prefetch(self, rows: Int[np.ndarray, " batch"]) -> None:
         """Start decoding the rows that will be asked for next, where they are not held."""
@@ -62,6 +58,15 @@ class Pixels:
             self._ahead = rows, [self._pool.submit(self._decode, row) for row in rows.tolist()]
 
     def _decode(self, row: int) -> UInt8[np.ndarray, "3 size size"]:
-        """The resized image before normalisation, which is undone exactly: it started from 8-bit values."""
-        normalised = self._preprocess(self._image_bytes(row), name=f"image {row}")
-        return np.rint((normalised * self._std + self._mean) * 255).astype(np.uint8)
+        return self._preprocess.pixels(self._image_bytes(row), name=f"image {row}")
+
+
+def normalised(
+    pixels: UInt8[Tensor, "batch 3 size size"], *, preprocess: Preprocess
+) -> Float[Tensor, "batch 3 size size"]:
+    """The last step of ``Preprocess``, on the device where the pixels are; equal to it on a CPU."""
+    mean, std = (
+        torch.tensor(each, dtype=torch.float32)[:, None, None].to(pixels.device, non_blocking=True)
+        for each in (preprocess.mean, preprocess.std)
+    )
+    return pixels.float().div_(255).sub_(mean).div_(std)

@@ -87,13 +87,10 @@ class Table:
         Raises:
             InputError: As ``check``; also for a vector of length zero.
         """
-        exact = np.asarray(vectors, dtype=np.float32)
-        if exact.ndim != 2:
-            raise InputError(f"table {name!r}: vectors have shape {exact.shape}, not (count, dim)")
-        norms = np.linalg.norm(exact, axis=1, keepdims=True)
-        _refuse(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0), rows, name, "is zero or not finite")
-        count, dim = exact.shape
-        unit = (exact / norms).astype(dtype)
+        if np.ndim(vectors) != 2:
+            raise InputError(f"table {name!r}: vectors have shape {np.shape(vectors)}, not (count, dim)")
+        unit = unit_rows(vectors, rows=rows, name=name, dtype=dtype)
+        count, dim = unit.shape
         header = Header(name, modality, flow, dim, dtype, count, True, encoder, encoder_digest, space, preprocess)
         table = cls(unit, rows, header)
         table.check()
@@ -108,7 +105,8 @@ class Table:
         """
         try:
             header = _header(json.loads((folder / "table.json").read_bytes()), folder / "table.json")
-            rows = [json.loads(line) for line in (folder / "rows.jsonl").read_bytes().splitlines()]
+            with (folder / "rows.jsonl").open("rb") as lines:
+                rows = [json.loads(line) for line in lines]
             vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(
@@ -162,13 +160,34 @@ class Table:
         return {"vectors.npy": self.vectors, "rows.jsonl": list(self.rows), "table.json": asdict(self.header)}
 
 
-def require_same_space(a: Table, b: Table, *, allow_generated: bool = False) -> None:
-    """Refuse to compare vectors that do not live in one space, or to test on images that pass through f_g.
+def unit_rows(
+    vectors: Float[np.ndarray, "count dim"],
+    *,
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    dtype: DType,
+    first: int = 0,
+) -> Float[np.ndarray, "count dim"]:
+    """Scale vectors to unit length in float32, then cast them: what a table stores.
 
     Args:
-        a: Embeddings of a test set.
-        b: Embeddings to compare them with.
-        allow_generated: Generated images may be among them (for the modality gap and its figures).
+        vectors: Some rows of a table, or all.
+        rows: What is known of each; an error names the id.
+        name: The table.
+        dtype: Of the result.
+        first: Number in the table of the first vector.
+
+    Raises:
+        InputError: A vector is of length zero or not finite.
+    """
+    exact = np.asarray(vectors, dtype=np.float32)
+    norms = np.linalg.norm(exact, axis=1, keepdims=True)
+    _refuse(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0), rows, name, "is zero or not finite", first=first)
+    return (exact / norms).astype(dtype)
+
+
+def require_same_space(a: Table, b: Table) -> None:
+    """Refuse to compare vectors that do not live in one space.
 
     Raises:
         InputError: Names both tables and what differs.
@@ -183,22 +202,21 @@ def require_same_space(a: Table, b: Table, *, allow_generated: bool = False) -> 
             )
     if first.modality == second.modality == "image" and first.preprocess != second.preprocess:
         raise InputError(f"tables {first.name!r} and {second.name!r} were preprocessed differently")
-    for header in (first, second):
-        if header.flow == "generated" and not allow_generated:
-            raise InputError(
-                f"table {header.name!r} went through the encoder of generated images",
-                hint="Test on real images, embedded with flow real.",
-            )
 
 
 def _refuse(
-    wrong: np.ndarray[Any, np.dtype[np.bool_]], rows: Sequence[Mapping[str, Any]], name: str, what: str
+    wrong: np.ndarray[Any, np.dtype[np.bool_]],
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    what: str,
+    *,
+    first: int = 0,
 ) -> None:
     places = np.flatnonzero(wrong)
     if places.size:
-        first = int(places[0])
-        key = rows[first].get("id") if first < len(rows) else None
-        raise InputError(f"table {name!r}: vector {first} (id {key!r}) {what}; {places.size} such vectors")
+        row = int(places[0])
+        key = rows[row].get("id") if row < len(rows) else None
+        raise InputError(f"table {name!r}: vector {first + row} (id {key!r}) {what}; {places.size} such vectors")
 
 
 def _header(data: Any, path: Path) -> Header:

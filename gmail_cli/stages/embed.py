@@ -1,36 +1,60 @@
 """``gmail embed``: unit embeddings of images and texts, each row with its id.
 
-Real images go through f_r, generated ones through f_g (Algorithm 1, step 4, of the paper). In a run, each trained
-text tower also embeds the test captions and the class prompts, and pairs of real and generated training images are
-embedded to measure the modality gap before and after alignment.
+Real images go through f_r, generated ones through f_g (Algorithm 1, step 4, of the paper): ``embed.flow`` says which
+the given images are. In a run, each trained text tower also embeds the test captions and the class prompts, and pairs
+of real and generated training images are embedded to measure the modality gap before and after alignment.
 
-    test-images  test-texts  test-classes       f_r and the text tower it came with
+    test-images  test-texts  test-classes       the given set: f_r (or f_g) and the text tower that f_r came with
     test-images@<cell>  ...                     a trained cell's own towers, where they differ
     gap-real  gap-generated-naive  gap-generated-aligned      partners row by row: f_r, f_r and f_g
+
+A table is embedded in shards of ``embed.shard_rows`` rows. Each is written when it is there, whole or absent, and
+depends on nothing but its own rows: a killed run begins again at the shard it was in, and several processes
+(:func:`run_part`) may share the shards. At the end they are laid one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
+from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace
 from gmail_cli.components.captions import Dataset
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gmail_cli.components.encoders import Clip
     from gmail_cli.components.images import GeneratedSet
-    from gmail_cli.components.tables import Flow, Table
+    from gmail_cli.components.tables import Flow
 
-VERSION = 1
+VERSION = 2
 TEXT_TASKS = ("clip-text", "long-clip", "clip")
 """Tasks whose cells have a text tower of their own."""
 
 Progress = Callable[[int, int], None]
+_Given = TypeVar("_Given")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What :func:`run_part` leaves when other processes still have shards to embed.
+
+    Attributes:
+        key: What is being made.
+        done: Shards that are there.
+        shards: Shards in all.
+    """
+
+    key: StageKey
+    done: int
+    shards: int
 
 
 def plan_key(
@@ -38,7 +62,7 @@ def plan_key(
 ) -> StageKey:
     """What `run` would make from the artifacts with these digests, without loading a model."""
     given = {"generated": generated, "aligned": aligned, "train": train}
-    return _key(profile, _read(profile), {name: digest for name, digest in given.items() if digest})
+    return _key(profile, _read(profile), _used(profile, given))
 
 
 def run(
@@ -50,14 +74,14 @@ def run(
     train: Artifact | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Embed the test set, and what the given artifacts add to it (or find it done).
+    """Embed the given set, and what the given artifacts add to it (or find it done).
 
     Args:
         profile: Sections used: ``embed``, ``model``, ``data``, ``align.validation``, ``runtime``; and ``seed``.
         workspace: Where the artifact goes.
-        generated: Adds ``gap-real`` and ``gap-generated-naive``.
-        aligned: Adds ``gap-generated-aligned``; needed for ``real_encoder = "tuned"``.
-        train: Adds the tables of each cell that has a text tower of its own.
+        generated: Adds ``gap-real`` and ``gap-generated-naive``; unused with ``flow = "generated"``.
+        aligned: Adds ``gap-generated-aligned``; needed for ``flow = "generated"`` and ``real_encoder = "tuned"``.
+        train: Adds the tables of each cell that has a text tower of its own; unused with ``flow = "generated"``.
         progress: Called with (rows embedded, rows in all).
 
     Returns:
@@ -66,15 +90,64 @@ def run(
     Raises:
         InputError: Data or artifacts that are missing or do not fit.
         SetupError: A model or device this machine lacks.
-        UsageError: ``real_encoder = "tuned"`` without an align artifact, bf16 on a CPU.
+        UsageError: f_g is asked for without an align artifact, bf16 on a CPU.
     """
-    inputs = {"generated": generated, "aligned": aligned, "train": train}
-    there = {name: artifact for name, artifact in inputs.items() if artifact is not None}
+    there = _used(profile, {"generated": generated, "aligned": aligned, "train": train})
     test = _read(profile)
-    with workspace.open(_key(profile, test, {name: artifact.digest for name, artifact in there.items()})) as slot:
+    with workspace.open(_key(profile, test, _digests(there))) as slot:
         if slot.done:
             return slot.artifact
         return _make(profile, slot, test, there, progress=progress)
+
+
+def run_part(
+    profile: Profile,
+    workspace: Workspace,
+    *,
+    part: tuple[int, int],
+    generated: Artifact | None = None,
+    aligned: Artifact | None = None,
+    train: Artifact | None = None,
+    progress: Progress | None = None,
+) -> Artifact | Waiting:
+    """Embed one of several parts of what ``run`` embeds; the process that finds all parts done makes the artifact.
+
+    Part i of n is every n-th shard. The processes of all parts may run together, on machines that share the workspace;
+    one that was killed is started again with the same part, or left to ``run``.
+
+    Args:
+        profile: As for ``run``; the same in every process.
+        workspace: As for ``run``.
+        part: (i, n): which part, counted from 1, of how many.
+        generated: As for ``run``.
+        aligned: As for ``run``.
+        train: As for ``run``.
+        progress: Called with (rows embedded, rows of the part).
+
+    Raises:
+        UsageError: As ``run``; or i is not one of 1 to n.
+    """
+    number, parts = part
+    if not 1 <= number <= parts:
+        raise UsageError(f"part {number} of {parts} does not exist", hint="Count the parts from 1: 1/4, 2/4, 3/4, 4/4.")
+    there = _used(profile, {"generated": generated, "aligned": aligned, "train": train})
+    test = _read(profile)
+    with workspace.open(_key(profile, test, _digests(there)), shared=True) as slot:
+        if slot.done:
+            return slot.artifact
+        jobs = [_Job(each, slot, profile) for each in _sets(profile, test, there)]
+        every = [(job, shard) for job in jobs for shard in job.shards]
+        own = [pair for pair in every[number - 1 :: parts] if not pair[0].has(pair[1])]
+        total, done = sum(len(shard) for _, shard in own), 0
+        for job in jobs:
+            mine = [shard for other, shard in own if other is job]
+            job.fill(mine, progress=_shifted(progress, done, total))
+            done += sum(map(len, mine))
+        filled = sum(job.has(shard) for job, shard in every)
+        waiting = Waiting(slot.key, filled, len(every))
+    if waiting.done < waiting.shards:
+        return waiting
+    return run(profile, workspace, generated=generated, aligned=aligned, train=train)
 
 
 # -- what to make ------------------------------------------------------------------------------------------------
@@ -88,14 +161,27 @@ def _read_partners(profile: Profile) -> Dataset:
     return sources.read({**sources.source(profile, part="train"), "need_images": True})
 
 
+def _used(profile: Profile, given: Mapping[str, _Given | None]) -> dict[str, _Given]:
+    """The inputs that are there and matter: a set that is embedded as generated images stands alone."""
+    matter = ("aligned",) if profile.embed.flow == "generated" else tuple(given)
+    return {name: each for name in matter if (each := given[name]) is not None}
+
+
+def _digests(given: Mapping[str, Artifact]) -> dict[str, str]:
+    return {name: artifact.digest for name, artifact in given.items()}
+
+
 def _key(profile: Profile, test: Dataset, given: Mapping[str, str]) -> StageKey:
     from gmail_cli.components.encoders import model_digest
 
     embed = profile.embed
-    if embed.real_encoder == "tuned" and "aligned" not in given:
-        hint = "Run gmail align first, or use --set embed.real_encoder=original."
-        raise UsageError("embed.real_encoder = 'tuned' needs an align artifact and there is none", hint=hint)
     chosen = {**settings(embed), "protocol": sources.origins(profile)["protocol"]}
+    if embed.flow == "generated":
+        del chosen["real_encoder"]
+    for name, value, otherwise in (("flow", "generated", "real"), ("real_encoder", "tuned", "original")):
+        if chosen.get(name) == value and "aligned" not in given:
+            hint = f"Run gmail align first, name one with --aligned, or use --set embed.{name}={otherwise}."
+            raise UsageError(f"embed.{name} = {value!r} needs an align artifact and there is none", hint=hint)
     inputs = {**given, "data": test.fingerprint}
     if not test.class_names:
         del chosen["templates"]
@@ -118,7 +204,8 @@ class _Set:
 
     Attributes:
         name: Of the table.
-        rows: What is known of each row; its ``text`` is embedded unless there are images.
+        count: Its rows.
+        row: What is known of row i; its ``text`` is embedded unless there are images.
         clip: Gives the encoder.
         space: Digest of the joint space the vectors live in.
         image_bytes: Encoded bytes of image i, for a table of images.
@@ -126,83 +213,159 @@ class _Set:
     """
 
     name: str
-    rows: Sequence[Mapping[str, Any]]
+    count: int
+    row: Callable[[int], Mapping[str, Any]]
     clip: Callable[[], Clip]
     space: str
     image_bytes: Callable[[int], bytes] | None = None
     flow: Flow = "text"
 
 
+class _Job:
+    """One table on its way: shards in the slot's scratch folder, then the table."""
+
+    def __init__(self, wanted: _Set, slot: Slot, profile: Profile) -> None:
+        self.wanted, self._slot, self._profile = wanted, slot, profile
+        rows = profile.embed.shard_rows
+        self.shards = [range(start, min(start + rows, wanted.count)) for start in range(0, wanted.count, rows)]
+
+    def has(self, shard: range) -> bool:
+        """Whether a shard (or the table) is done."""
+        return self.merged or self._shard(shard).exists()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the table is whole: its header is written last."""
+        return self._slot.has(f"{self.wanted.name}/table.json")
+
+    def fill(self, shards: Sequence[range], *, progress: Progress | None) -> None:
+        """Embed shards, each saved as soon as it is there."""
+        if not shards:
+            return
+        import torch
+
+        from gmail_cli.components.tables import unit_rows
+
+        wanted = self.wanted
+        for shard, (vectors, truncated) in zip(shards, self._embed(shards, progress=progress), strict=True):
+            rows = [wanted.row(row) for row in shard]
+            dtype = self._profile.embed.dtype
+            stored = unit_rows(vectors, rows=rows, name=wanted.name, dtype=dtype, first=shard.start)
+            tensors = {"vectors": torch.from_numpy(stored)}
+            if truncated is not None:
+                tensors["truncated"] = torch.from_numpy(truncated)
+            self._shard(shard).save(tensors)
+
+    def _embed(
+        self, shards: Sequence[range], *, progress: Progress | None
+    ) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
+        from gmail_cli.components import encoders
+
+        wanted, size = self.wanted, self._profile.embed.batch_size
+        clip = wanted.clip()
+        if wanted.image_bytes is None:
+            return encoders.text_shards(
+                clip, lambda row: wanted.row(row)["text"], shards, batch_size=size, progress=progress
+            )
+        workers = self._profile.runtime.workers
+        images = encoders.image_shards(
+            clip, wanted.image_bytes, shards, batch_size=size, workers=workers, progress=progress
+        )
+        return ((vectors, None) for vectors in images)
+
+    def merge(self) -> None:
+        """Lay the shards one after another: the table's folder, its header last."""
+        from gmail_cli.components.tables import Header
+
+        wanted, slot, dtype = self.wanted, self._slot, self._profile.embed.dtype
+        clip, texts = wanted.clip(), wanted.image_bytes is None
+        cut: list[np.ndarray] = []
+
+        def blocks() -> Iterator[np.ndarray]:
+            for shard in self.shards:
+                tensors = self._shard(shard).load()
+                if tensors is None:
+                    self._shard(shard).remove()
+                    hint = "Run the same command again: only that shard is embedded again."
+                    raise InputError(f"rows {shard.start} to {shard.stop - 1} of {wanted.name} are damaged", hint=hint)
+                if texts:
+                    cut.append(tensors["truncated"].numpy())
+                yield tensors["vectors"].numpy()
+
+        def rows() -> Iterator[Mapping[str, Any]]:
+            for shard, truncated in zip(self.shards, cut, strict=True):
+                for row, each in zip(shard, truncated.tolist(), strict=True):
+                    yield {**wanted.row(row), "truncated": each}
+
+        header = Header(
+            name=wanted.name,
+            modality="text" if texts else "image",
+            flow=wanted.flow,
+            dim=clip.dim,
+            dtype=dtype,
+            count=wanted.count,
+            normalised=True,
+            encoder=clip.name,
+            encoder_digest=clip.digest,
+            space=wanted.space,
+            preprocess=clip.tokenizer_digest if texts else clip.preprocess.digest,
+        )
+        slot.write_npy_blocks(f"{wanted.name}/vectors.npy", blocks(), shape=(wanted.count, clip.dim), dtype=dtype)
+        slot.write_jsonl(f"{wanted.name}/rows.jsonl", rows() if texts else map(wanted.row, range(wanted.count)))
+        slot.write_json(f"{wanted.name}/table.json", asdict(header))
+        for shard in self.shards:
+            self._shard(shard).remove()
+
+    def truncated_share(self) -> float:
+        """Share of the texts that were cut to the context length."""
+        with self._slot.path(f"{self.wanted.name}/rows.jsonl").open("rb") as lines:
+            return sum(json.loads(line)["truncated"] for line in lines) / self.wanted.count
+
+    def _shard(self, shard: range) -> Checkpoints:
+        return self._slot.checkpoints(f"shards/{self.wanted.name}/{shard.start:012d}")
+
+
 def _make(
     profile: Profile, slot: Slot, test: Dataset, inputs: Mapping[str, Artifact], *, progress: Progress | None
 ) -> Artifact:
-    import torch
-
     from gmail_cli.components.encoders import describe_device, pick_device
 
-    if profile.runtime.threads:
-        torch.set_num_threads(profile.runtime.threads)
-    device = pick_device(profile.runtime.device)
-    sets = list(_Plan(profile, test, inputs, device=str(device)).sets())
-    total, done = sum(len(each.rows) for each in sets), 0
-    for each in sets:
-        if not slot.has(f"{each.name}/table.json"):
-            report = (lambda at, _, done=done: progress(done + at, total)) if progress else None
-            _write(slot, each.name, _embed(each, profile, progress=report))
-        done += len(each.rows)
+    jobs = [_Job(each, slot, profile) for each in _sets(profile, test, inputs)]
+    total, done = sum(job.wanted.count for job in jobs), 0
+    for job in jobs:
+        if not job.merged:
+            missing = [shard for shard in job.shards if not job.has(shard)]
+            there = job.wanted.count - sum(map(len, missing))
+            job.fill(missing, progress=_shifted(progress, done + there, total))
+            job.merge()
+        done += job.wanted.count
         if progress:
             progress(done, total)
-    texts = {each.name: slot.read_jsonl(f"{each.name}/rows.jsonl") for each in sets if each.image_bytes is None}
     return slot.commit(
         summary={
             "origins": sources.origins(profile),
-            "tables": {each.name: len(each.rows) for each in sets},
+            "tables": {job.wanted.name: job.wanted.count for job in jobs},
             "truncated_share": {
-                name: sum(row["truncated"] for row in rows) / len(rows) for name, rows in texts.items()
+                job.wanted.name: job.truncated_share() for job in jobs if job.wanted.image_bytes is None
             },
         },
-        device=describe_device(device),
+        device=describe_device(pick_device(profile.runtime.device)),
     )
 
 
-def _embed(wanted: _Set, profile: Profile, *, progress: Progress | None) -> Table:
-    from gmail_cli.components import encoders
-    from gmail_cli.components.tables import Table
+def _sets(profile: Profile, test: Dataset, inputs: Mapping[str, Artifact]) -> Iterator[_Set]:
+    import torch
 
-    embed, clip, rows = profile.embed, wanted.clip(), wanted.rows
-    if wanted.image_bytes is not None:
-        vectors = encoders.embed_images(
-            clip,
-            wanted.image_bytes,
-            len(rows),
-            batch_size=embed.batch_size,
-            workers=profile.runtime.workers,
-            progress=progress,
-        )
-    else:
-        texts = [row["text"] for row in rows]
-        vectors, cut = encoders.embed_texts(clip, texts, batch_size=embed.batch_size, progress=progress)
-        rows = [{**row, "truncated": bool(each)} for row, each in zip(rows, cut, strict=True)]
-    return Table.build(
-        vectors,
-        rows=rows,
-        name=wanted.name,
-        modality="text" if wanted.image_bytes is None else "image",
-        flow=wanted.flow,
-        encoder=clip.name,
-        encoder_digest=clip.digest,
-        space=wanted.space,
-        preprocess=clip.tokenizer_digest if wanted.image_bytes is None else clip.preprocess.digest,
-        dtype=embed.dtype,
-    )
+    from gmail_cli.components.encoders import pick_device
+
+    if profile.runtime.threads:
+        torch.set_num_threads(profile.runtime.threads)
+    return _Plan(profile, test, inputs, device=str(pick_device(profile.runtime.device))).sets()
 
 
-def _write(slot: Slot, name: str, table: Table) -> None:
-    """The header comes last: a table with one is whole."""
-    files = table.files()
-    slot.write_npy(f"{name}/vectors.npy", files["vectors.npy"])
-    slot.write_jsonl(f"{name}/rows.jsonl", files["rows.jsonl"])
-    slot.write_json(f"{name}/table.json", files["table.json"])
+def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of one table as progress of all."""
+    return (lambda at, _: progress(before + at, total)) if progress else None
 
 
 class _Plan:
@@ -214,10 +377,11 @@ class _Plan:
 
     def sets(self) -> Iterator[_Set]:
         """The tables, those of one model after another."""
-        space = self._space()
-        real = self._aligned if self.profile.embed.real_encoder == "tuned" else self._original
-        if self.test.has_images:
-            yield self._images("test-images", clip=real, space=space)
+        space, embed = self._space(), self.profile.embed
+        if self.test.has_images and (embed.flow == "generated" or embed.real_encoder == "tuned"):
+            yield self._images("test-images", clip=self._aligned, space=space, flow="generated")
+        elif self.test.has_images:
+            yield self._images("test-images", clip=self._original, space=space)
         yield from self._texts("", clip=self._original, space=space)
         if "generated" in self.inputs and self.profile.embed.gap_count:
             yield from self._gap(space)
@@ -252,23 +416,33 @@ class _Plan:
             self._loaded = ref, dataclasses.replace(clip, name=name)
         return self._loaded[1]
 
-    def _images(self, name: str, *, clip: Callable[[], Clip], space: str) -> _Set:
-        rows = [{"id": image.id, "label": image.label} for image in self.test.images]
-        return _Set(name=name, rows=rows, clip=clip, space=space, image_bytes=self.test.image_bytes, flow="real")
+    def _images(self, name: str, *, clip: Callable[[], Clip], space: str, flow: Flow = "real") -> _Set:
+        images = self.test.images
+
+        def row(at: int) -> Mapping[str, Any]:
+            return {"id": images[at].id, "label": images[at].label}
+
+        image_bytes = self.test.image_bytes
+        return _Set(name=name, count=len(images), row=row, clip=clip, space=space, image_bytes=image_bytes, flow=flow)
 
     def _texts(self, suffix: str, *, clip: Callable[[], Clip], space: str) -> Iterator[_Set]:
-        captions = [
-            {"id": each.id, "owner": each.owner, "text": each.text, "kind": each.kind} for each in self.test.captions
-        ]
+        captions = self.test.captions
+
+        def row(at: int) -> Mapping[str, Any]:
+            each = captions[at]
+            return {"id": each.id, "owner": each.owner, "text": each.text, "kind": each.kind}
+
         if captions:
-            yield _Set(name=f"test-texts{suffix}", rows=captions, clip=clip, space=space)
+            yield _Set(name=f"test-texts{suffix}", count=len(captions), row=row, clip=clip, space=space)
         prompts = [
             {"id": f"{label}/{number}", "label": label, "text": template.replace("{}", label)}
             for label in self.test.class_names
             for number, template in enumerate(self.profile.embed.templates)
         ]
         if prompts:
-            yield _Set(name=f"test-classes{suffix}", rows=prompts, clip=clip, space=space)
+            yield _Set(
+                name=f"test-classes{suffix}", count=len(prompts), row=prompts.__getitem__, clip=clip, space=space
+            )
 
     def _cell(self, row: Mapping[str, Any], *, shared: str) -> Iterator[_Set]:
         from gmail_cli.components.encoders import model_digest
@@ -314,12 +488,13 @@ class _Plan:
         def drawn_bytes(row: int) -> bytes:
             return generated.image_bytes(here[row])
 
-        yield _Set(name="gap-real", rows=real, clip=self._original, space=space, image_bytes=partner_bytes, flow="real")
+        gap = partial(_Set, count=len(pairs), space=space)
+        yield gap(name="gap-real", row=real.__getitem__, clip=self._original, image_bytes=partner_bytes, flow="real")
         flows: list[tuple[str, Callable[[], Clip], Flow]] = [("gap-generated-naive", self._original, "real")]
         if "aligned" in self.inputs:
             flows.append(("gap-generated-aligned", self._aligned, "generated"))
         for name, clip, flow in flows:
-            yield _Set(name=name, rows=drawn, clip=clip, space=space, image_bytes=drawn_bytes, flow=flow)
+            yield gap(name=name, row=drawn.__getitem__, clip=clip, image_bytes=drawn_bytes, flow=flow)
 
 
 @dataclass(frozen=True)

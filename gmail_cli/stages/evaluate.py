@@ -208,11 +208,21 @@ class _Work:
         if IMAGES not in self.tables:
             hint = "Run gmail embed with a test set that has images."
             raise InputError(f"{inputs['embeddings'].path} holds no table {IMAGES!r}", hint=hint)
+        self._check_flow()
         self.generated = GeneratedSet.load(inputs["generated"].path) if "generated" in inputs else None
         self.seen = _Seen()
         self.test = self._test_set()
 
     # -- data ------------------------------------------------------------------------------------------------------
+
+    def _check_flow(self) -> None:
+        """Refuse test images that went through f_g, unless somebody said that they should."""
+        told = self.inputs["embeddings"].manifest["key"]["settings"].get("real_encoder") == "tuned"
+        if self.tables[IMAGES].header.flow == "generated" and not (told or self.profile.eval.allow_generated_flow):
+            raise InputError(
+                f"the test images of {self.inputs['embeddings'].path} went through f_g, as generated images do",
+                hint="Embed real images with --flow real, or allow it with --set eval.allow_generated_flow=true.",
+            )
 
     def _test_set(self) -> Dataset | None:
         """The test set, if what the profile names is what was embedded; the report shows its images."""

@@ -338,6 +338,13 @@ def json_lines(path: Path, request: Request, report: Report) -> Iterator[Row]:
             yield row
 
 
+def records(path: Path, request: Request, report: Report) -> Iterator[Row]:
+    """``records.jsonl`` of a generate artifact: an image has its own key, its caption and a label; several images may
+    have been drawn from one caption, so its id names none of them."""
+    for row in json_lines(path, request, report):
+        yield replace(row, texts=tuple(replace(text, id=None) for text in row.texts))
+
+
 def json_object(data: bytes) -> dict[str, Any]:
     """The bytes as one JSON object."""
     try:
@@ -364,10 +371,11 @@ def plain_text(path: Path, request: Request, report: Report) -> Iterator[Row]:
 def folder(path: Path, request: Request, report: Report) -> Iterator[Row]:
     """Image files, described by ``metadata.csv`` or ``metadata.jsonl`` or by the subfolders they lie in.
 
-    Without metadata the id of an image is its path in the folder and its label the first subfolder.
+    Without metadata the id of an image is its path in the folder and its label the first subfolder. The folder of a
+    generate artifact is described by its ``records.jsonl``.
     """
     with_images = replace(request, images=request.images or path, need_images=True)
-    for name, reader in (("metadata.jsonl", json_lines), ("metadata.csv", table)):
+    for name, reader in (("metadata.jsonl", json_lines), ("metadata.csv", table), ("records.jsonl", records)):
         if (path / name).is_file():
             yield from reader(path / name, with_images, report)
             return
