@@ -249,6 +249,35 @@ def _scan(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
+def export_folder(target: Path, writer: Callable[[Path], object]) -> None:
+    """Write a folder of the user's through ``writer(empty temporary folder)``; whole or absent.
+
+    Args:
+        target: A folder that does not exist yet, or is empty.
+        writer: Fills a folder.
+
+    Raises:
+        UsageError: The folder holds something.
+        SetupError: It cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"{target} is there already", hint="Name a new or empty folder.")
+        temporary.mkdir(parents=True)
+        writer(temporary)
+        for file in _scan(temporary):
+            _fsync(temporary / file)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except OSError as error:
+        hint = "Name a folder on a disk that has room and can be written."
+        raise SetupError(f"cannot write {target}: {error.strerror or error}", hint=hint) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 class Checkpoints:
     """One checkpoint file of named tensors in a slot's scratch folder: whole or absent, never torn."""
 

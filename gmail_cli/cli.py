@@ -446,6 +446,21 @@ def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) ->
     typer.echo(json.dumps(Artifact.load(path).manifest, indent=1, ensure_ascii=False))
 
 
+@artifacts_app.command(name="export")
+def artifacts_export(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Embed artifact.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
+) -> None:
+    """Write embeddings in clip-retrieval's folder layout (img_emb, text_emb, metadata), a row per image."""
+    from gmail_cli.artifacts import Artifact
+    from gmail_cli.stages import embed as stage
+
+    left_out = stage.export(Artifact.load(path), folder)
+    if left_out:
+        _say(f"{left_out} captions left out: the layout has one text per image, the first")
+    typer.echo(_shown(folder))
+
+
 @artifacts_app.command(name="verify")
 def artifacts_verify(
     paths: Annotated[list[Path] | None, typer.Argument(metavar="ARTIFACT")] = None,

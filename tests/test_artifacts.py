@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,56 @@ def test_kill_dash_nine_then_the_same_command_ends_in_the_same_content(tmp_path:
     assert second.verify() == []
     assert len(second.files) == 30
     assert (first.content, first.digest) == (second.content, second.digest)
+
+
+def test_processes_that_share_a_slot_save_checkpoints_and_nothing_else(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, "r")
+    with workspace.open(key(), shared=True) as first, workspace.open(key(), shared=True) as second:
+        first.checkpoints("a").save({"x": torch.ones(2)})
+        second.checkpoints("b").save({"x": torch.zeros(2)})
+        assert workspace.collect_garbage() == []
+        for write in (lambda: first.write_text("x", "x"), lambda: first.commit(summary={})):
+            with pytest.raises(AssertionError, match="share a slot"):
+                write()
+    with workspace.open(key()) as slot:
+        assert [slot.checkpoints(name).exists() for name in "abc"] == [True, True, False]
+        slot.write_text("x", "x")
+        artifact = slot.commit(summary={})
+    assert set(artifact.files) == {"x"}
+    with workspace.open(key(), shared=True) as done:
+        assert done.done
+
+
+def test_one_that_opens_a_slot_alone_waits_for_those_that_share_it(tmp_path: Path) -> None:
+    asked = threading.Event()
+    workspace = Workspace(tmp_path, "r", on_wait=lambda _text: asked.set())
+    seen: list[bool] = []
+
+    def alone() -> None:
+        with workspace.open(key()) as slot:
+            seen.append(slot.checkpoints("a").exists())
+
+    with workspace.open(key(), shared=True) as slot:
+        waiting = threading.Thread(target=alone)
+        waiting.start()
+        assert asked.wait(60)
+        slot.checkpoints("a").save({"x": torch.ones(2)})
+    waiting.join(60)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_blocks_of_rows_are_written_as_the_whole_array(tmp_path: Path, dtype: str) -> None:
+    rows = np.arange(21, dtype=dtype).reshape(7, 3)
+    with Workspace(tmp_path, "r").open(key()) as slot:
+        whole = slot.write_npy("whole.npy", rows).read_bytes()
+        blocks = slot.write_npy_blocks(
+            "blocks.npy", (rows[at : at + 2] for at in range(0, 7, 2)), shape=(7, 3), dtype=dtype
+        )
+        assert blocks.read_bytes() == whole
+        with pytest.raises(AssertionError, match="6 rows"):
+            slot.write_npy_blocks("short.npy", [rows[:6]], shape=(7, 3), dtype=dtype)
+        assert not slot.has("short.npy")
 
 
 def test_garbage_is_what_no_latest_needs(tmp_path: Path) -> None:

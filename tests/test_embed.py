@@ -354,6 +354,45 @@ def test_tables_are_read_by_numpy_and_pyarrow(sharded: Artifact):
     assert rows["truncated"].to_pylist() == [row["truncated"] for row in table.rows]
 
 
+def test_clip_retrieval_reads_an_export(sharded: Artifact, tmp_path: Path):
+    from pyarrow import parquet
+
+    left_out = embed.export(sharded, tmp_path / "out")
+    folder = tmp_path / "out"
+    (images,) = (np.load(file, mmap_mode="r") for file in sorted((folder / "img_emb").glob("*.npy")))
+    (texts,) = (np.load(file, mmap_mode="r") for file in sorted((folder / "text_emb").glob("*.npy")))
+    metadata = parquet.read_table(folder / "metadata", columns=["image_path", "caption"]).to_pylist()
+    found = _tables(sharded)
+    assert len(images) == len(texts) == len(metadata) == TEST
+    assert np.array_equal(images, found["test-images"].vectors)
+    assert [row["image_path"] for row in metadata] == found["test-images"].ids
+    place = {row["id"]: at for at, row in enumerate(found["test-texts"].rows)}
+    for row, vector in zip(metadata, texts, strict=True):
+        own = [each for each in found["test-texts"].rows if each["owner"] == row["image_path"]]
+        assert row["caption"] == own[0]["text"]
+        assert np.array_equal(vector, found["test-texts"].vectors[place[own[0]["id"]]])
+    assert left_out == len(place) - TEST
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"], "no temporary folder stays"
+    with pytest.raises(UsageError, match="there already"):
+        embed.export(sharded, tmp_path / "out")
+
+
+def test_texts_alone_are_exported_alone(
+    clips: dict[str, Path], workspace: Workspace, tmp_path: Path, aligned: Artifact
+):
+    from pyarrow import parquet
+
+    file = tmp_path / "captions.txt"
+    file.write_text("a cat\na dog\n")
+    artifact = embed.run(profiles.build({**_profile(clips).model_dump(), "data": {"test": str(file)}}), workspace)
+    assert embed.export(artifact, tmp_path / "out") == 0
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["metadata", "text_emb"]
+    captions = parquet.read_table(tmp_path / "out" / "metadata")["caption"].to_pylist()
+    assert captions == ["a cat", "a dog"]
+    with pytest.raises(InputError, match="holds no embeddings"):
+        embed.export(aligned, tmp_path / "other")
+
+
 # -- flows -------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,7 @@
-"""Files of other programs: COCO references and results, features in ``.npy``. Faults are named, not repaired."""
+"""Files of other programs: COCO references and results, features in ``.npy``, clip-retrieval's folders.
+
+Faults are named, not repaired.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,61 @@ from jaxtyping import Float
 
 from gmail_cli.components.captions.formats import BadRecordError, checked_ids, identifier, read_json
 from gmail_cli.components.metrics.captioning import by_image
+from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError
 
 _BLOCK_ROWS = 4096  # checked at once
 _SHOWN = 5
+
+
+def write_clip_retrieval(folder: Path, *, images: Table | None, texts: Table | None) -> int:
+    """Write tables as clip-retrieval's inference does, for its index, its server and its readers.
+
+    ``img_emb/img_emb_0.npy``, ``text_emb/text_emb_0.npy`` and ``metadata/metadata_0.parquet`` (``image_path``,
+    ``caption``) belong together row by row. A row is an image with its first caption; the text vectors are left out
+    where some image has no caption. Without images a row is a text.
+
+    Args:
+        folder: An existing, empty folder.
+        images: Images; ``image_path`` holds their ids.
+        texts: Their captions, each with its ``owner``.
+
+    Returns:
+        Captions left out.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert images is not None or texts is not None, "nothing to write"
+    columns: dict[str, list[str | None]] = {}
+    chosen = list(range(len(texts.rows))) if texts else []
+    if images is not None:
+        _write_rows(folder / "img_emb" / "img_emb_0.npy", images, range(len(images.rows)))
+        columns["image_path"] = list(images.ids)
+        first: dict[str, int] = {}
+        for row, about in enumerate(texts.rows if texts else ()):
+            first.setdefault(str(about.get("owner")), row)
+        found = [first.get(name) for name in images.ids]
+        columns["caption"] = [None if row is None or texts is None else texts.rows[row]["text"] for row in found]
+        chosen = [row for row in found if row is not None]
+    elif texts is not None:
+        columns["caption"] = [row["text"] for row in texts.rows]
+    if texts is not None and len(chosen) == len(columns["caption"]):
+        _write_rows(folder / "text_emb" / "text_emb_0.npy", texts, chosen)
+    else:
+        chosen = []
+    (folder / "metadata").mkdir()
+    pq.write_table(pa.table(columns), folder / "metadata" / "metadata_0.parquet")
+    return (len(texts.rows) if texts else 0) - len(chosen)
+
+
+def _write_rows(path: Path, table: Table, rows: Sequence[int]) -> None:
+    path.parent.mkdir()
+    stored = np.lib.format.open_memmap(path, mode="w+", dtype=table.vectors.dtype, shape=(len(rows), table.header.dim))
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[start : start + _BLOCK_ROWS]
+        stored[start : start + len(block)] = table.vectors[np.asarray(block)]
+    stored.flush()
 
 
 def read_references(path: Path) -> dict[str, list[str]]:

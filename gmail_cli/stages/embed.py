@@ -19,9 +19,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace
+from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, export_folder
 from gmail_cli.components.captions import Dataset
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
@@ -148,6 +149,39 @@ def run_part(
     if waiting.done < waiting.shards:
         return waiting
     return run(profile, workspace, generated=generated, aligned=aligned, train=train)
+
+
+def export(artifact: Artifact, folder: Path) -> int:
+    """Write the test tables of an embed artifact in clip-retrieval's folder layout.
+
+    Args:
+        artifact: What ``run`` made.
+        folder: A folder that is new or empty.
+
+    Returns:
+        Captions left out: those of an image beyond its first.
+
+    Raises:
+        InputError: Not an embed artifact, or it holds neither images nor captions.
+        UsageError: The folder holds something.
+    """
+    from gmail_cli.components.exchange import write_clip_retrieval
+    from gmail_cli.components.tables import Table
+
+    names = ("test-images", "test-texts")
+    there = [name for name in names if f"{name}/table.json" in artifact.files]
+    if artifact.stage != "embed" or not there:
+        hint = "Give a folder made by `gmail embed`, such as runs/tiny/embed/latest."
+        raise InputError(f"{artifact.path} holds no embeddings of images or captions", hint=hint)
+    images, texts = (Table.load(artifact.folder(name)) if name in there else None for name in names)
+    left_out = 0
+
+    def write(empty: Path) -> None:
+        nonlocal left_out
+        left_out = write_clip_retrieval(empty, images=images, texts=texts)
+
+    export_folder(folder, write)
+    return left_out
 
 
 # -- what to make ------------------------------------------------------------------------------------------------
