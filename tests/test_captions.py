@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import string
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -327,6 +329,62 @@ def test_bad_records_are_named_or_left_out(tmp_path: Path, name: str) -> None:
     assert caught.value.message.startswith(f"{len(bad)} bad records in ")
     assert bad[0] in caught.value.message
     assert read(source, on_bad="skip", format=name, **arguments).fingerprint == dataset.fingerprint  # type: ignore[arg-type]
+
+
+def upload(folder: Path, scheme: str) -> str:
+    """The URL of a copy of a local folder."""
+    if scheme == "memory":
+        url = f"memory://{folder.name}"
+        system, path = fsspec.core.url_to_fs(url)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                system.pipe_file(f"{path}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        return url
+    return f"file://{folder}"
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_url_reads_as_the_local_file(tmp_path: Path, name: str, scheme: str) -> None:
+    make, arguments, _, _ = CASES[name]
+    source = make(tmp_path)
+    local = read(source, on_bad="skip", **arguments)
+    root = upload(tmp_path, scheme)
+    url = f"{root}/{source.relative_to(tmp_path).as_posix()}".removesuffix("/.")
+    remote = read(url, on_bad="skip", **arguments)
+    assert (remote.images, remote.captions) == (local.images, local.captions)
+    assert remote.fingerprint == local.fingerprint
+    assert [each.replace(root, str(tmp_path)) for each in remote.skipped] == list(local.skipped)
+
+
+def test_folders_and_patterns_of_urls_read_as_local_ones(tmp_path: Path) -> None:
+    (tmp_path / "classes").mkdir()
+    for folder in ("a-b", "a", "c"):
+        write_images(tmp_path / "classes" / folder, "1.png", "0.png")
+    for number in range(3):
+        write_tar(tmp_path / f"shard-{number:02d}.tar", {f"{number}.png": png(number), f"{number}.txt": b"text"})
+    url = upload(tmp_path, "memory")
+    for below in ("classes", "", "shard-*.tar", "shard-{00..01}.tar"):
+        local, remote = read(f"{tmp_path}/{below}"), read(f"{url}/{below}")
+        assert remote.fingerprint == local.fingerprint, below
+        assert [image.id for image in remote.images] == [image.id for image in local.images]
+    images = tmp_path / "captions.csv"
+    images.write_text("image,caption\n0.png,one\n")
+    found = read(images, images=f"{url}/classes/a")
+    assert found.image_bytes(0) == (tmp_path / "classes" / "a" / "0.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://nothing/here.jsonl", "memory://nothing/here.jsonl does not exist"),
+        ("bucket://captions.jsonl", "cannot open bucket://captions.jsonl"),
+        ("memory://nothing/*.tar", "matches no file"),
+    ],
+)
+def test_urls_that_name_nothing_are_input_errors(url: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        read(url)
 
 
 def test_images_are_found_by_class_folder(tmp_path: Path) -> None:

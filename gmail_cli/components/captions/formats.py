@@ -10,10 +10,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from gmail_cli.components.captions.records import Kind
+from gmail_cli.components.captions.remote import Location, Remote
 from gmail_cli.components.captions.sources import (
     IMAGE_SUFFIXES,
     FileBytes,
@@ -57,7 +58,7 @@ class Row:
 class Request:
     """What ``read`` was asked for, as far as a format needs to know."""
 
-    images: Path | None = None
+    images: Location | None = None
     split: str | None = None
     kind: Kind = "short"
     need_images: bool = False
@@ -123,7 +124,7 @@ def label_of(fields: Mapping[str, Any]) -> str | None:
     return None if value is None else identifier(value, "label")
 
 
-def image_file(name: object, beside: Path, request: Request) -> FileBytes | None:
+def image_file(name: object, beside: Location, request: Request) -> FileBytes | None:
     """The file of an image in the folder asked for, else in ``beside``.
 
     A tuple of names is tried in turn. None where the file is missing and nobody asked for images.
@@ -141,7 +142,7 @@ def image_file(name: object, beside: Path, request: Request) -> FileBytes | None
     return None
 
 
-def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Path, request: Request) -> Row:
+def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Location, request: Request) -> Row:
     """A row from the fields of a CSV, TSV or JSON Lines record; image paths are relative to the file."""
     fields = lowered(fields)
     name = first(fields, PATH_FIELDS)
@@ -157,7 +158,7 @@ def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Path, r
 # --- whole files --------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Location) -> str:
     """The file as UTF-8 text, without a byte-order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -167,7 +168,7 @@ def read_text(path: Path) -> str:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Location) -> Any:
     """The file as JSON."""
     try:
         return json.loads(read_text(path))
@@ -175,7 +176,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON: {error}", hint="Copy or download the file again.") from error
 
 
-def json_list(data: Any, key: str, path: Path) -> list[Any]:
+def json_list(data: Any, key: str, path: Location) -> list[Any]:
     """``data[key]``, which must be a list."""
     value = data.get(key) if isinstance(data, dict) else None
     if not isinstance(value, list):
@@ -183,7 +184,9 @@ def json_list(data: Any, key: str, path: Path) -> list[Any]:
     return value
 
 
-def checked_ids(records: list[Any], name: str, path: Path, report: Report) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def checked_ids(
+    records: list[Any], name: str, path: Location, report: Report
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """The records of a JSON list that are objects with an id of their own, as (where, id, record)."""
     seen: set[str] = set()
     for n, record in enumerate(records):
@@ -202,7 +205,7 @@ def checked_ids(records: list[Any], name: str, path: Path, report: Report) -> It
         yield where, key, record
 
 
-def coco(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def coco(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """COCO captions JSON: ``images`` (id, file_name) and ``annotations`` (id, image_id, caption)."""
     data = read_json(path)
     annotations = json_list(data, "annotations", path)
@@ -242,7 +245,7 @@ def coco(path: Path, request: Request, report: Report) -> Iterator[Row]:
         yield Row(places[key], key, texts, source=source, complete=True)
 
 
-def karpathy(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def karpathy(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """Karpathy's ``dataset_*.json``: images with split, sentences and file name.
 
     ``split`` selects ``train``, ``val``, ``test``, ``restval`` or several joined by ``+``; None takes all.
@@ -284,7 +287,7 @@ def karpathy(path: Path, request: Request, report: Report) -> Iterator[Row]:
         yield Row(where, key, texts, source=source, complete=True)
 
 
-def table(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def table(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """CSV or TSV with a header: a caption or image column, and id and label columns where there are any.
 
     Tabs in the header make it TSV, where quotation marks are part of the text.
@@ -319,7 +322,7 @@ def table(path: Path, request: Request, report: Report) -> Iterator[Row]:
         yield row
 
 
-def json_lines(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def json_lines(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """JSON Lines: one object a line with caption, captions, text or IIW, and image, id and label fields."""
     try:
         file = path.open("rb")
@@ -338,7 +341,7 @@ def json_lines(path: Path, request: Request, report: Report) -> Iterator[Row]:
             yield row
 
 
-def records(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def records(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """``records.jsonl`` of a generate artifact: an image has its own key, its caption and a label; several images may
     have been drawn from one caption, so its id names none of them."""
     for row in json_lines(path, request, report):
@@ -356,7 +359,7 @@ def json_object(data: bytes) -> dict[str, Any]:
     return fields
 
 
-def plain_text(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def plain_text(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """One caption a line; its id is the line number."""
     for line, text in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
         where = f"{path.name}:{line}"
@@ -368,7 +371,7 @@ def plain_text(path: Path, request: Request, report: Report) -> Iterator[Row]:
         yield row
 
 
-def folder(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def folder(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """Image files, described by ``metadata.csv`` or ``metadata.jsonl`` or by the subfolders they lie in.
 
     Without metadata the id of an image is its path in the folder and its label the first subfolder. The folder of a
@@ -379,11 +382,16 @@ def folder(path: Path, request: Request, report: Report) -> Iterator[Row]:
         if (path / name).is_file():
             yield from reader(path / name, with_images, report)
             return
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    for file in files:
-        relative = file.relative_to(path)
+    for file in _image_files(path):
+        relative = PurePosixPath(file.relative_to(path))  # type: ignore[arg-type]
         label = relative.parts[0] if len(relative.parts) > 1 else None
         yield Row(str(relative), relative.as_posix(), (), label, FileBytes(file))
+
+
+def _image_files(folder: Location) -> Sequence[Location]:
+    if isinstance(folder, Remote):
+        return sorted(file for file in folder.files() if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
 def scene_rows(split: str, request: Request) -> Iterator[Row]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from gmail_cli.components.captions.formats import (
     lowered,
     texts_of,
 )
+from gmail_cli.components.captions.remote import Location, Remote
 from gmail_cli.components.captions.sources import ImageSource
 from gmail_cli.errors import InputError
 
@@ -45,10 +46,10 @@ class RowGroups:
     """
 
     budget: int = ROW_GROUP_BUDGET
-    _kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[tuple[Location, int, str], pa.ChunkedArray] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def column(self, path: Path, group: int, name: str) -> pa.ChunkedArray:
+    def column(self, path: Location, group: int, name: str) -> pa.ChunkedArray:
         """Return column ``name`` of one row group (``image.bytes`` names a field of a struct)."""
         key = (path, group, name)
         with self._lock:
@@ -56,7 +57,7 @@ class RowGroups:
                 self._kept.move_to_end(key)
                 return self._kept[key]
             try:
-                with pq.ParquetFile(path) as file:
+                with _opened(path) as file:
                     column = file.read_row_group(group, columns=[name]).column(0)
             except (OSError, pa.ArrowException) as error:
                 raise InputError(f"cannot read images from {path}: {error}") from error
@@ -70,7 +71,7 @@ class RowGroups:
 class ParquetBytes:
     """One cell of a Parquet image column."""
 
-    path: Path
+    path: Location
     group: int
     row: int
     column: str
@@ -87,17 +88,24 @@ class ParquetBytes:
         return hashlib.sha256(self.read()).hexdigest()
 
 
-def parquet(path: Path, request: Request, report: Report, *, groups: RowGroups) -> Iterator[Row]:
+def parquet(path: Location, request: Request, report: Report, *, groups: RowGroups) -> Iterator[Row]:
     """One Parquet shard with a caption column, an image column, or both.
 
     An image is a struct of ``bytes`` and ``path`` (as Hugging Face datasets write it), bytes, or the path of
     a file beside the shard. Integer labels are replaced by the class names in the file's metadata.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with _opened(path) as file:
             yield from _table(file, path, request, report, groups)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {path}: {error}", hint="It must be a complete Parquet file.") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Location) -> Iterator[pq.ParquetFile]:
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(path.open("rb")) if isinstance(path, Remote) else path
+        yield stack.enter_context(pq.ParquetFile(source))
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class _Columns:
     class_names: list[str]
 
 
-def _columns(schema: pa.Schema, path: Path) -> _Columns:
+def _columns(schema: pa.Schema, path: Location) -> _Columns:
     names = {name.lower(): name for name in reversed(schema.names)}
     caption, owner, label = (first(names, fields) for fields in (CAPTION_FIELDS, ID_FIELDS, LABEL_FIELDS))
     image = first(names, ("image", "img", *PATH_FIELDS))
@@ -140,7 +148,7 @@ def _columns(schema: pa.Schema, path: Path) -> _Columns:
     return _Columns(light, image and image.lower(), stored, _class_names(schema, label))
 
 
-def _table(file: pq.ParquetFile, path: Path, request: Request, report: Report, groups: RowGroups) -> Iterator[Row]:
+def _table(file: pq.ParquetFile, path: Location, request: Request, report: Report, groups: RowGroups) -> Iterator[Row]:
     columns = _columns(file.schema_arrow, path)
     number = 0
     for group in range(file.num_row_groups):
@@ -173,7 +181,7 @@ def _row(
     columns: _Columns,
     where: str,
     unnamed: str,
-    path: Path,
+    path: Location,
     request: Request,
 ) -> Row:
     fields = lowered(record)

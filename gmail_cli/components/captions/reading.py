@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from gmail_cli.components.captions import formats, webdataset
 from gmail_cli.components.captions.formats import Report, Request, Row
 from gmail_cli.components.captions.records import Caption, Dataset, Image, Kind
+from gmail_cli.components.captions.remote import Location, Remote, locate
 from gmail_cli.components.captions.sources import IMAGE_SUFFIXES, ImageSource
 from gmail_cli.errors import InputError, UsageError
 
@@ -29,7 +30,7 @@ SUFFIXES: dict[str, Format] = {
     ".tar": "webdataset",
     ".txt": "text",
 }
-READERS: dict[str, Callable[[Path, Request, Report], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Location, Request, Report], Iterator[Row]]] = {
     "coco": formats.coco,
     "karpathy": formats.karpathy,
     "table": formats.table,
@@ -59,8 +60,9 @@ def read(
     """Read captions and images.
 
     Args:
-        source: A file, a folder, a glob or brace pattern of shards (``train-{00000..00005}.tar``), or
-            ``scenes:train``, ``scenes:val``, ``scenes:test`` (the built-in world; needs ``limit``).
+        source: A file, a folder, a glob or brace pattern of shards (``train-{00000..00005}.tar``), each on disk or as
+            an fsspec URL (``s3://bucket/train-00000.tar``), or ``scenes:train``, ``scenes:val``, ``scenes:test`` (the
+            built-in world; needs ``limit``).
         images: Folder of the image files that ``source`` names; every file must then be there. None takes
             those that lie beside ``source``.
         format: ``auto`` goes by suffix and content; ``table`` is CSV or TSV with a header.
@@ -81,7 +83,7 @@ def read(
     """
     source = str(source)
     scenes = source.startswith("scenes:")
-    folder = None if images is None else Path(images)
+    folder = None if images is None else locate(images)
     _check_arguments(source, scenes=scenes, name=format, limit=limit, holdout=holdout)
     if scenes and (folder is not None or split is not None or kind != "short"):
         raise UsageError(f"{source} goes with neither images, split nor kind", hint="Leave them out.")
@@ -135,26 +137,38 @@ def _check_arguments(
         raise UsageError(f"{source} has no end", hint="Say how many images to draw with limit.")
 
 
-def _paths(source: str, kind: Format) -> list[Path]:
+def _paths(source: str, kind: Format) -> list[Location]:
     """The files that a path, a ``{00..05}`` pattern, a glob or a folder of shards names, in order."""
-    paths: list[Path] = []
+    paths: list[Location] = []
     for name in _expand(source):
-        path = Path(name).expanduser()
+        path = locate(name)
         if path.exists():
             paths.append(path)
         elif any(mark in name for mark in "*?["):
-            paths += sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            paths += _matching(path)
         else:
             raise InputError(f"{name} does not exist", hint="Check the path; scenes:train is the built-in world.")
     if not paths:
         raise InputError(f"{source} matches no file")
     if len(paths) == 1 and paths[0].is_dir() and kind in ("auto", "parquet", "webdataset"):
-        parquet, tars = sorted(paths[0].glob("*.parquet")), sorted(paths[0].glob("*.tar"))
+        parquet, tars = (_children(paths[0], suffix) for suffix in (".parquet", ".tar"))
         shards = {"parquet": parquet, "webdataset": tars}.get(kind, parquet or tars)
         if not shards and kind != "auto":
             raise InputError(f"{source} holds no {kind} files")
         return shards or paths
     return paths
+
+
+def _matching(pattern: Location) -> list[Location]:
+    if isinstance(pattern, Remote):
+        return [*sorted(pattern.glob())]
+    return [*sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))]
+
+
+def _children(folder: Location, suffix: str) -> list[Location]:
+    if isinstance(folder, Remote):
+        return [*sorted(folder.children(suffix))]
+    return [*sorted(folder.glob(f"*{suffix}"))]
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -168,7 +182,7 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from _expand(f"{pattern[: match.start()]}{number:0{len(low)}d}{pattern[match.end() :]}")
 
 
-def _sniff(path: Path) -> Format:
+def _sniff(path: Location) -> Format:
     if path.is_dir():
         return "folder"
     suffix = path.suffix.lower()
@@ -189,7 +203,7 @@ def _sniff(path: Path) -> Format:
     )
 
 
-def _rows(paths: list[Path], kind: Format, request: Request, report: Report) -> Iterator[Row]:
+def _rows(paths: list[Location], kind: Format, request: Request, report: Report) -> Iterator[Row]:
     if kind == "auto":
         kind = _sniff(paths[0])
     if request.split is not None and kind != "karpathy":
@@ -197,7 +211,7 @@ def _rows(paths: list[Path], kind: Format, request: Request, report: Report) -> 
             f"split={request.split!r} does not apply to {kind} files",
             hint="Only Karpathy's JSON has splits.",
         )
-    reader: Callable[[Path, Request, Report], Iterator[Row]]
+    reader: Callable[[Location, Request, Report], Iterator[Row]]
     if kind == "parquet":
         from gmail_cli.components.captions.parquet import RowGroups, parquet
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Protocol, runtime_checkable
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
+from gmail_cli.components.captions.remote import Location, Remote
 from gmail_cli.errors import InputError
 
+_Folder = TypeVar("_Folder", bound=Location)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -29,7 +31,7 @@ class ImageSource(Protocol):
         ...
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: _Folder, name: str) -> _Folder:
     """Join ``name``, found in a caption file, tar or JSON, to the folder it must stay in.
 
     Raises:
@@ -49,14 +51,14 @@ def inside(folder: Path, name: str) -> Path:
             f"the path {name!r} leaves the folder {folder}",
             hint="Use paths relative to the folder, with forward slashes and without '..'.",
         )
-    return folder / relative
+    return cast("_Folder", folder / relative)
 
 
 @dataclass(frozen=True, slots=True)
 class FileBytes:
     """An image file of its own."""
 
-    path: Path
+    path: Location
 
     def read(self) -> bytes:
         try:
@@ -72,16 +74,19 @@ class FileBytes:
 class TarBytes:
     """A member of an uncompressed tar, read in place."""
 
-    path: Path
+    path: Location
     name: str
     offset: int
     size: int
 
     def read(self) -> bytes:
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
+            if isinstance(self.path, Remote):
+                data = self.path.read_range(self.offset, self.offset + self.size)
+            else:
+                with self.path.open("rb") as file:
+                    file.seek(self.offset)
+                    data = file.read(self.size)
         except OSError as error:
             raise InputError(f"cannot read {self.name} in {self.path}: {error.strerror or error}") from error
         if len(data) != self.size:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from gmail_cli.components.captions.formats import (
@@ -21,18 +20,19 @@ from gmail_cli.components.captions.formats import (
     lowered,
     texts_of,
 )
+from gmail_cli.components.captions.remote import Location
 from gmail_cli.components.captions.sources import IMAGE_SUFFIXES, TarBytes, inside
 from gmail_cli.errors import InputError
 
 
-def webdataset(path: Path, request: Request, report: Report) -> Iterator[Row]:
+def webdataset(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """One WebDataset shard: neighbouring members that share a key, their name up to its first dot.
 
     ``.json`` holds captions, ids and labels as a line of JSON Lines does, ``.txt`` a caption, ``.cls`` a
     label, and an image suffix the image. Nothing is unpacked.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             files = (member for member in archive if not member.isdir())
             for key, members in itertools.groupby(files, key=lambda member: _key_and_suffix(member.name)[0]):
                 where = f"{path.name}: {key}"
@@ -42,10 +42,9 @@ def webdataset(path: Path, request: Request, report: Report) -> Iterator[Row]:
                     report(where, str(bad))
                     continue
                 yield row
-            with path.open("rb") as file:
-                file.seek(archive.offset)
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("it ends without its end mark")
+            stream.seek(archive.offset)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it ends without its end mark")
     except (tarfile.TarError, OSError) as error:
         raise InputError(
             f"cannot read the tar {path}: {error}", hint="It must be a complete, uncompressed tar."
@@ -62,7 +61,7 @@ def _sample(
     key: str,
     members: list[tarfile.TarInfo],
     archive: tarfile.TarFile,
-    path: Path,
+    path: Location,
     where: str,
     request: Request,
 ) -> Row:
