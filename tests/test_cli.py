@@ -195,6 +195,17 @@ WRONG = {
         "exit 3\nerror: captions.txt is not an artifact: it has no manifest.json\n"
         "hint: Give a stage folder such as runs/tiny/align/latest.\n"
     ),
+    "embed -p tiny --shard 3/2": (
+        "exit 2\nerror: --shard '3/2' is not I/N\nhint: Count from 1: --shard 1/4 to --shard 4/4.\n"
+    ),
+    "embed -p tiny --captions captions.txt --flow generated": (
+        "exit 2\nerror: embed.flow = 'generated' needs an align artifact and there is none\n"
+        "hint: Run gmail align first, name one with --aligned, or use --set embed.flow=real.\n"
+    ),
+    "artifacts export made/index out": (
+        "exit 3\nerror: made/index holds no embeddings of images or captions\n"
+        "hint: Give a folder made by `gmail embed`, such as runs/tiny/embed/latest.\n"
+    ),
     "eval -p tiny --tolerance all=1": (
         "exit 2\nerror: --tolerance all=1 without --baseline\n"
         "hint: Name the results to compare with: --baseline FILE.\n"
@@ -236,6 +247,21 @@ def test_the_default_profile_says_that_it_draws_only_its_own_world(tmp_path: Pat
     said = "profile tiny: it draws only its own small world of scenes; for photographs use --profile coco-sd21-vitb16"
     assert said in gmail("generate", "--dry-run", cwd=tmp_path).stderr
     assert said not in gmail("generate", "--dry-run", "--profile", "tiny", cwd=tmp_path).stderr
+
+
+def test_parts_of_an_embedding_wait_for_each_other(tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("A red ball on grass.\nA blue cube on snow.\nA car.\n")
+    flags = ("embed", "--captions", "captions.txt", "--set", "embed.shard_rows=2")
+    first = gmail(*flags, "--shard", "2/2", "--json", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "part 2 of 2 done; 1 of 2 shards are there" in first.stderr
+    waiting = json.loads(first.stdout)
+    assert (waiting["path"], waiting["done"], waiting["shards"]) == (None, 1, 2)
+    second = gmail(*flags, "--shard", "1/2", cwd=tmp_path)
+    assert second.stdout == f"runs/tiny/embed/{waiting['digest'][:12]}\n"
+    exported = gmail("artifacts", "export", second.stdout.strip(), "out", cwd=tmp_path)
+    assert (exported.stdout, exported.returncode) == ("out\n", 0)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metadata", "text_emb"}
 
 
 def test_dry_run_names_the_key_that_changed_the_digest(tmp_path: Path) -> None:

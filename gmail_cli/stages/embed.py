@@ -168,9 +168,9 @@ def export(artifact: Artifact, folder: Path) -> int:
     from gmail_cli.components.exchange import write_clip_retrieval
     from gmail_cli.components.tables import Table
 
-    names = ("test-images", "test-texts")
+    names = ("test-images", "test-texts") if artifact.stage == "embed" else ()
     there = [name for name in names if f"{name}/table.json" in artifact.files]
-    if artifact.stage != "embed" or not there:
+    if not there:
         hint = "Give a folder made by `gmail embed`, such as runs/tiny/embed/latest."
         raise InputError(f"{artifact.path} holds no embeddings of images or captions", hint=hint)
     images, texts = (Table.load(artifact.folder(name)) if name in there else None for name in names)

@@ -378,10 +378,13 @@ def folder(path: Location, request: Request, report: Report) -> Iterator[Row]:
     generate artifact is described by its ``records.jsonl``.
     """
     with_images = replace(request, images=request.images or path, need_images=True)
-    for name, reader in (("metadata.jsonl", json_lines), ("metadata.csv", table), ("records.jsonl", records)):
+    for name, reader in (("metadata.jsonl", json_lines), ("metadata.csv", table)):
         if (path / name).is_file():
             yield from reader(path / name, with_images, report)
             return
+    if (path / "records.jsonl").is_file():
+        yield from records(path / "records.jsonl", replace(with_images, images=path), report)
+        return
     for file in _image_files(path):
         relative = PurePosixPath(file.relative_to(path))  # type: ignore[arg-type]
         label = relative.parts[0] if len(relative.parts) > 1 else None
