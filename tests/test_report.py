@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -199,8 +200,18 @@ def test_no_training_is_not_passed_over(untrained: float, headline: str, sentenc
 def test_without_arms_the_first_number_is_the_headline() -> None:
     alone = measured(0.4, 0.6, 0.8)[0]
     assert re.fullmatch(
-        r"Text→image R@1 is 40\.0 % \(3\d\.\d to 4\d\.\d\) over 400 queries\.", report.verdict(document(alone)).headline
+        r"Text→image R@1 is 40\.0 % \(3\d\.\d to 4\d\.\d\) over 400 queries for the text tower trained on "
+        r"generated-naive images\.",
+        report.verdict(document(alone)).headline,
     )
+    untrained = dataclasses.replace(
+        alone,
+        arm="none",
+        seed=None,
+        scores={"text_to_image_recall_at_1": Scores.mean(np.ones(400), groups=np.arange(400))},
+    )
+    assert report.verdict(document(untrained)).headline.endswith(" over 400 queries.")
+    assert "is 40.0 %" in report.verdict(document(untrained, alone)).headline
     assert "Nothing to compare" in report.verdict(document()).headline
 
 

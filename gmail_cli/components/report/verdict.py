@@ -148,15 +148,16 @@ def _beside_none(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def _without_arms(results: Mapping[str, Any]) -> str:
-    """The first headline metric there is, when nothing is compared."""
+    """The first headline metric there is, when nothing is compared: of what was trained, if anything was."""
     rows = [row for row in results.get("rows", ()) if row["metric"] in HEADLINES]
     if not rows:
         return "Nothing to compare: this evaluation holds no trained arms."
-    rows.sort(key=lambda row: HEADLINES.index(row["metric"]))
+    rows.sort(key=lambda row: (row["arm"] == "none", HEADLINES.index(row["metric"])))
     row = rows[0]
     label = metric_label(row["metric"])
     value = f"{show(row['metric'], row['value'])} % ({interval(row['metric'], row['low'], row['high'])})"
-    return f"{label[0].upper()}{label[1:]} is {value} over {row['n']:,} queries."
+    trained = f" for {task_label(row['task'])} trained on {row['arm']} images" if row["arm"] != "none" else ""
+    return f"{label[0].upper()}{label[1:]} is {value} over {row['n']:,} queries{trained}."
 
 
 def _join(parts: Sequence[str]) -> str:
