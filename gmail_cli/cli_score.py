@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gmail_cli.cli_gate import Annotations, AnnotationsOption, BaselineOption, Gate, JunitOption, ToleranceOption
 from gmail_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,12 +46,17 @@ def captions(
     meteor: Annotated[
         Meteor, typer.Option(help="METEOR needs Java and pycocoevalcap; auto leaves it out without.")
     ] = Meteor.AUTO,
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """BLEU, METEOR, ROUGE-L and CIDEr of one caption per image, as the COCO evaluation defines them."""
     from gmail_cli.stages import score
 
-    _show(score.captions(references, results=results, meteor=meteor.value), as_json=as_json)
+    held = _Held(baseline, tolerance, junit, annotations)
+    held.show(score.captions(references, results=results, meteor=meteor.value), as_json=as_json)
 
 
 @app.command()
@@ -61,15 +67,20 @@ def retrieval(
     true_recall: Annotated[
         bool, typer.Option("--true-recall", help="Also the share of all right answers among the first k.")
     ] = False,
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Recall at 1, 5, 10 and ranks by cosine, both ways: exact, any hit counts, ties at their expectation."""
     from gmail_cli.stages import score
 
+    held = _Held(baseline, tolerance, junit, annotations)
     with Progress() as progress:
         ticks = progress.task("retrieval")
         found = score.retrieval(images, texts=texts, owners=owners, true_recall=true_recall, progress=ticks)
-    _show(found, as_json=as_json)
+    held.show(found, as_json=as_json)
 
 
 @app.command()
@@ -79,23 +90,67 @@ def fidelity(
     neighbours: Annotated[
         int, typer.Option(min=1, metavar="K", help="k of precision, recall, density and coverage.")
     ] = 5,
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Frechet and kernel distance, precision, recall, density, coverage, Vendi score of a generated set."""
     from gmail_cli.stages import score
 
+    held = _Held(baseline, tolerance, junit, annotations)
     with Progress() as progress:
         ticks = progress.task("neighbours")
         found = score.fidelity(real, generated=generated, neighbours=neighbours, progress=ticks)
-    _show(found, as_json=as_json)
+    held.show(found, as_json=as_json)
 
 
 @app.command()
-def gap(real: RealOption, generated: GeneratedOption, as_json: JsonOption = False) -> None:
+def gap(
+    real: RealOption,
+    generated: GeneratedOption,
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Modality gap: paired and centroid cosine, distances, separability; equally long files are taken as pairs."""
     from gmail_cli.stages import score
 
-    _show(score.gap(real, generated=generated), as_json=as_json)
+    held = _Held(baseline, tolerance, junit, annotations)
+    held.show(score.gap(real, generated=generated), as_json=as_json)
+
+
+class _Held:
+    """The result of one command: shown, and held against a baseline where one is named."""
+
+    def __init__(
+        self,
+        baseline: Path | None,
+        tolerance: list[str] | None,
+        junit: Path | None,
+        annotations: Annotations | None,
+    ) -> None:
+        from gmail_cli.stages import score
+
+        self.gate = Gate.of(baseline, tolerance, junit, annotations)
+        self.before = score.read_baseline(baseline) if baseline else {}
+        if self.gate is not None:
+            self.gate.check(self.before)
+
+    def show(self, found: Scored, *, as_json: bool) -> None:
+        """Print it, then judge it."""
+        _show(found, as_json=as_json)
+        if self.gate is None:
+            return
+        from gmail_cli.stages import score
+
+        now = score.comparable_metrics(found, baseline=self.before, file=self.gate.baseline)
+        hint = "Allow a fall with --tolerance METRIC=POINTS."
+        suite = found.protocol.partition("/")[0].replace("score-", "gmail.score.")
+        self.gate.hold(now, baseline=self.before, suite=suite, title=found.protocol, hint=hint)
 
 
 def _show(found: Scored, *, as_json: bool) -> None:

@@ -1,13 +1,12 @@
 """``gmail eval``: every trained model on real test images, against its rivals, with intervals and a report.
 
 All models are tested on the same real images through f_r. What a model did with each query is kept (``ranks/``,
-``predictions/``), so that any later question about the numbers can be answered from the artifact.
+``queries/``, ``predictions/``), so that any later question about the numbers can be answered from the artifact.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
-from gmail_cli.components import measure, report
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, digest_of
+from gmail_cli.components import gate, measure, report
 from gmail_cli.components import scores as scoring
 from gmail_cli.components.captions import Dataset, check_disjoint
 from gmail_cli.components.images import GeneratedSet
@@ -26,11 +25,11 @@ from gmail_cli.components.metrics.retrieval import RetrievalRanks
 from gmail_cli.components.report import gallery
 from gmail_cli.components.scores import Cell
 from gmail_cli.components.tables import Table
-from gmail_cli.errors import GmailError, InputError, RegressionError
+from gmail_cli.errors import GmailError, InputError
 from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
 
-VERSION = 1
+VERSION = 2
 RESULTS = "results.json"
 IMAGES, TEXTS, CLASSES = "test-images", "test-texts", "test-classes"
 GAP_REAL = "gap-real"
@@ -87,8 +86,8 @@ def run(
         progress: Called with (models done, models in all).
 
     Returns:
-        The artifact: ``results.json`` (``gmail.results/1``), ``report.html``, ``report.md``, ``ranks/*.npy`` and
-        ``predictions/*.json``. Its summary has the ``verdict``.
+        The artifact: ``results.json`` (``gmail.results/1``), ``report.html``, ``report.md``, ``ranks/*.npy``,
+        ``queries/*.parquet`` and ``predictions/*.json``. Its summary has the ``verdict``.
 
     Raises:
         InputError: Tables that do not fit each other, or training data that hold test data.
@@ -107,10 +106,17 @@ def run(
             if progress:
                 progress(done, len(models))
             cells.append(work.measure(model))
+            work.keep(model, cells[-1])
         cells += work.gap()
         results = scoring.results(
-            cells, protocol=work.origins["protocol"], draws=profile.eval.resamples, level=profile.eval.confidence
+            cells,
+            protocol=work.origins["protocol"],
+            draws=profile.eval.resamples,
+            level=profile.eval.confidence,
+            test_set=work.test_set_digest(),
+            seed=profile.seed,
         )
+        results["cells"] = work.kept
         slot.write_json(RESULTS, results)
         shown = work.shown(results)
         slot.write_text("report.html", report.html(shown))
@@ -123,52 +129,29 @@ def run(
         )
 
 
-def check_baseline(artifact: Artifact, baseline: Path, *, tolerance: Mapping[str, float]) -> None:
-    """Compare an eval artifact with the ``results.json`` of an earlier one.
-
-    Args:
-        artifact: What ``run`` made.
-        baseline: A ``results.json``, or an eval artifact's folder.
-        tolerance: Metric -> points it may fall by (see :func:`gmail_cli.components.scores.falls`).
-
-    Raises:
-        InputError: The baseline cannot be read, or was measured with another protocol.
-        RegressionError: A metric fell by more than allowed; names each.
-        UsageError: A tolerance names no metric.
-    """
-    before = read_baseline(baseline)
-    now = artifact.read_json(RESULTS)
-    if before["protocol"] != now["protocol"]:
-        raise InputError(
-            f"the baseline was measured with protocol {before['protocol']!r}, this evaluation with {now['protocol']!r}",
-            hint="Compare results of one protocol (data.protocol).",
-        )
-    found = scoring.falls(now["metrics"], baseline=before["metrics"], tolerance=tolerance)
-    if found:
-        lines = "".join(f"\n  {fall}" for fall in found)
-        raise RegressionError(
-            f"{len(found)} of {len(before['metrics'])} metrics fell below {baseline}:{lines}",
-            hint="Allow a fall with --tolerance METRIC=POINTS, or find what changed (gmail eval --dry-run).",
-        )
-
-
 def read_baseline(baseline: Path) -> dict[str, Any]:
     """The ``results.json`` of an earlier evaluation, or of its artifact's folder.
 
     Raises:
         InputError: It cannot be read, or is something else.
     """
-    file = baseline / RESULTS if baseline.is_dir() else baseline
-    hint = "Give the results.json of an eval."
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the baseline {file}: {error.strerror}", hint=hint) from error
-    except ValueError as error:
-        raise InputError(f"the baseline {file} is not JSON: {error}", hint=hint) from error
-    if not isinstance(found, dict) or found.get("schema") != scoring.SCHEMA:
-        raise InputError(f"{file} is not a {scoring.SCHEMA} document", hint=hint)
-    return found
+    return gate.read(baseline / RESULTS if baseline.is_dir() else baseline, schema=scoring.SCHEMA)
+
+
+def comparable_metrics(artifact: Artifact, *, baseline: Mapping[str, Any], file: Path) -> dict[str, float]:
+    """The metrics of an evaluation, to hold against a baseline.
+
+    Args:
+        artifact: What ``run`` made.
+        baseline: What ``read_baseline`` read from ``file``.
+        file: For the message.
+
+    Raises:
+        InputError: The baseline was measured with another protocol or on another test set.
+    """
+    now = artifact.read_json(RESULTS)
+    gate.require_same(now, baseline=baseline, file=file, keys=("protocol", "test_set"))
+    return dict(now["metrics"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +194,7 @@ class _Work:
         self._check_flow()
         self.generated = GeneratedSet.load(inputs["generated"].path) if "generated" in inputs else None
         self.seen = _Seen()
+        self.kept: list[dict[str, Any]] = []
         self.test = self._test_set()
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -314,8 +298,25 @@ class _Work:
             arm=model.arm,
             seed=model.seed,
             dual_projection=model.dual_projection,
+            preprocess=self._images(model).header.preprocess,
             scores=_MEASURES[model.task](self, model),
         )
+
+    def keep(self, model: _Model, cell: Cell) -> None:
+        """Keep what the model did with each query, for `gmail compare`."""
+        rows = scoring.to_parquet(cell.scores)
+        if rows is None:
+            return
+        name = f"queries/{model.name}.parquet"
+        self.slot.write_parquet(name, rows)
+        about = {"task": model.task, "arm": model.arm, "seed": model.seed, "dual_projection": model.dual_projection}
+        self.kept.append({**about, "queries": name})
+
+    def test_set_digest(self) -> str:
+        """SHA-256 over ids, labels and texts of the test set, in order: which queries there were, and which answers."""
+        images = [(row["id"], row.get("label")) for row in self.tables[IMAGES].rows]
+        texts = self.tables[TEXTS].rows if TEXTS in self.tables else []
+        return digest_of([images, [(row["id"], row["owner"], row["text"], row.get("kind")) for row in texts]])
 
     def _table(self, name: str, model: _Model) -> Table | None:
         """The table a model made, else (for arm ``none`` and where the model left the tower alone) CLIP's own."""
@@ -414,7 +415,15 @@ class _Work:
         used = measure.gap_rows(there[0][1])
         kept = "held out of alignment" if rows[used[0]].get("held_out") else "of the training set"
         self._note(f"The modality gap is measured on {len(used):,} pairs {kept}.")
-        return [Cell(task="gap", arm=arm, scores=measure.modality_gap(real, generated=table)) for arm, table in there]
+        return [
+            Cell(
+                task="gap",
+                arm=arm,
+                preprocess=real.header.preprocess,
+                scores=measure.modality_gap(real, generated=table),
+            )
+            for arm, table in there
+        ]
 
     # -- report ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from gmail_cli.components import exchange, measure
+from gmail_cli.components import exchange, gate, measure
 from gmail_cli.components.metrics import gap as gaps
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
 from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
@@ -73,6 +73,38 @@ class Scored:
             "left_out": self.left_out,
             "notes": list(self.notes),
         }
+
+
+def read_baseline(file: Path) -> dict[str, Any]:
+    """What an earlier command printed with ``--json``.
+
+    Raises:
+        InputError: It cannot be read, or is something else.
+    """
+    return gate.read(file, schema=SCHEMA)
+
+
+def comparable_metrics(found: Scored, *, baseline: Mapping[str, Any], file: Path) -> dict[str, float]:
+    """The metrics found, to hold against a baseline.
+
+    Args:
+        found: The result to judge.
+        baseline: What ``read_baseline`` read from ``file``.
+        file: For the message.
+
+    Raises:
+        InputError: The baseline was measured in another way: protocol, counts, or a setting that is a choice.
+    """
+    now = {**found.document(), **_choices(found.settings)}
+    before = {**baseline, **_choices(baseline.get("settings", {}))}
+    gate.require_same(now, baseline=before, file=file, keys=("protocol", "n", *_choices(found.settings)))
+    return found.metrics
+
+
+def _choices(settings: Any) -> dict[str, str | int]:
+    """Settings that say how something was measured; floats and ranges describe the data, and encoders differ in dim."""
+    pairs = settings.items() if isinstance(settings, Mapping) else ()
+    return {name: value for name, value in pairs if isinstance(value, str | int) and name != "dim"}
 
 
 def captions(references: Path, *, results: Path, meteor: Literal["auto", "on", "off"] = "auto") -> Scored:
