@@ -13,11 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from test_cli import ROOT, shell_environment
 
 from gmail_cli.components import captions
 
-GUIDES = ("captions", "generate", "align", "train", "evaluate", "scenes")
+GUIDES = ("captions", "generate", "align", "train", "evaluate", "ci", "scenes")
 FIRST = ("README.md", "docs/getting-started.md", "docs/concepts.md", *(f"docs/guides/{name}.md" for name in GUIDES))
 """Pages in reading order; those of docs/ that are not named come after them."""
 
@@ -148,6 +149,39 @@ def test_console_block_runs_as_written(block: Block, folder: Path, environment: 
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{block.script}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
+
+
+def test_the_workflow_runs_as_written_and_fails_on_a_fall(folder: Path, environment: dict[str, str]) -> None:
+    """Each `run` step of docs/guides/gmail-gate.yml but the installation, as GitHub's shell runs it."""
+    workflow = yaml.safe_load((ROOT / "docs/guides/gmail-gate.yml").read_text(encoding="utf-8"))
+    steps = [step for step in workflow["jobs"]["gate"]["steps"] if "run" in step and step["name"] != "Install"]
+    kept = next(step for step in workflow["jobs"]["gate"]["steps"] if step.get("name") == "Keep the report")
+    values = {**environment, "GITHUB_STEP_SUMMARY": str(folder / "summary.md")}
+    baseline = folder / "baseline" / "results.json"
+    results = json.loads(baseline.read_text(encoding="utf-8"))
+    assert results["protocol"] == "captions_dev.json/unversioned", "docs/guides/ci.md made it"
+
+    def run() -> dict[str, subprocess.CompletedProcess[str]]:
+        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
+        return {
+            step["name"]: subprocess.run(
+                [*command, step["run"]], cwd=folder, env=values, capture_output=True, text=True, check=False
+            )
+            for step in steps
+        }
+
+    done = run()
+    assert {name: each.returncode for name, each in done.items()} == dict.fromkeys(done, 0), done
+    assert re.search(r"^::notice title=gmail eval.*metrics held$", done["Hold against the baseline"].stderr, re.M)
+    assert all((folder / path).is_file() for path in kept["with"]["path"].split())
+    assert (folder / "summary.md").read_text(encoding="utf-8").startswith("# GMAIL on")
+    name = "clip.none.text_to_image_mean_reciprocal_rank"
+    results["metrics"][name] += 0.02
+    baseline.write_text(json.dumps(results), encoding="utf-8")
+    done = run()
+    assert [each.returncode for each in done.values()] == [0, 5, 0]
+    assert re.search(rf"^::error title=.*::{name}: ", done["Hold against the baseline"].stderr, re.M)
+    assert done["Hold against the baseline"].stdout.startswith("runs/gate/eval/")
 
 
 def test_blocks_that_do_not_run_say_why_and_do_not_grow() -> None:
