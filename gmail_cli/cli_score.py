@@ -64,6 +64,13 @@ def retrieval(
     images: Annotated[Path, typer.Option(metavar="NPY", help="Image embeddings, one row each.")],
     texts: Annotated[Path, typer.Option(metavar="NPY", help="Text embeddings, one row each.")],
     owners: Annotated[Path, typer.Option(metavar="NPY", help="Integers: for each text the row of its image.")],
+    extra_positives: Annotated[
+        Path | None,
+        typer.Option(metavar="NPY", help="Integers [pairs, 2]: more right (text row, image row) pairs; adds mAP@R."),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Known protocol to hold the files to, such as coco-karpathy-5k.")
+    ] = None,
     true_recall: Annotated[
         bool, typer.Option("--true-recall", help="Also the share of all right answers among the first k.")
     ] = False,
@@ -79,7 +86,15 @@ def retrieval(
     held = _Held(baseline, tolerance, junit, annotations)
     with Progress() as progress:
         ticks = progress.task("retrieval")
-        found = score.retrieval(images, texts=texts, owners=owners, true_recall=true_recall, progress=ticks)
+        found = score.retrieval(
+            images,
+            texts=texts,
+            owners=owners,
+            extra_positives=extra_positives,
+            protocol=protocol,
+            true_recall=true_recall,
+            progress=ticks,
+        )
     held.show(found, as_json=as_json)
 
 

@@ -89,7 +89,10 @@ class Data(Section):
     on_bad: Literal["fail", "skip"] = "fail"
     """What a bad record does: stop and name it, or be left out and counted."""
     protocol: str = ""
-    """Name and version of the evaluation protocol, such as `scenes-1k/1`; written into every result row."""
+    """Name and version of the evaluation protocol; written into every result row. A known name (`coco-karpathy-5k`,
+    `coco-karpathy-1k-folds`, `coco-val2017-5k`, `flickr30k-1k`, `flickr30k-31k`, `flickr8k-1k`, `sharegpt4v-1k`,
+    `urban-1k`, `dci`, `docci-5k`, `iiw-612`) holds the test set to its rule: the number of images, the captions used,
+    the folds. Any other label, such as `scenes-1k/1`, is only recorded."""
 
 
 class Model(Section):
@@ -369,6 +372,9 @@ class Eval(Section):
     """The k of recall@k."""
     true_recall: bool = False
     """Also report the share of all correct items among the first k, beside whether any is."""
+    extra_positives: str = ""
+    """JSON file of more right answers, as ECCV Caption and CxC have them: id of a caption -> list of ids of images that
+    it also describes. They count as right; adds mAP@R and R-precision over the captions and images it names."""
     resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples, drawn by image, behind every interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95

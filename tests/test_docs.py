@@ -105,10 +105,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenes_as_coco("scenes:test", 12, folder / "captions_dev.json", images=folder / "dev")
     annotations = folder / "coco" / "annotations"
     annotations.mkdir(parents=True)
-    for source, name in (("coco.json", "captions_train2017.json"), ("captions_dev.json", "captions_val2017.json")):
-        shutil.copy(folder / source, annotations / name)
+    shutil.copy(folder / "coco.json", annotations / "captions_train2017.json")
     shutil.copytree(folder / "photos", folder / "coco" / "train2017")
-    shutil.copytree(folder / "dev", folder / "coco" / "val2017")
+    whole_val2017(folder / "coco" / "val2017", file=annotations / "captions_val2017.json", of=folder / "dev")
     (folder / "my-pipeline").symlink_to(ROOT / "gmail_cli/weights/tiny/pipeline")
     (folder / "sd14").mkdir()
     drawn = captions.read(folder / "coco.json", images=folder / "photos")
@@ -122,6 +121,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "sd14" / "part-0.parquet")
     return folder
+
+
+def whole_val2017(images: Path, *, file: Path, of: Path) -> None:
+    """As many images and captions as protocol coco-val2017-5k demands; the images are links to a few."""
+    files = sorted(of.iterdir())
+    images.mkdir()
+    described: dict[str, list[dict[str, object]]] = {"images": [], "annotations": []}
+    for row in range(5000):
+        (images / f"{row:05d}.png").symlink_to(files[row % len(files)])
+        described["images"].append({"id": row, "file_name": f"{row:05d}.png"})
+        for number in range(5 * row, 5 * row + 5):
+            described["annotations"].append({"id": number, "image_id": row, "caption": f"caption {number}"})
+    file.write_text(json.dumps(described))
 
 
 def scenes_as_coco(source: str, count: int, file: Path, *, images: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, digest_of
-from gmail_cli.components import gate, measure, report
+from gmail_cli.components import exchange, gate, measure, protocols, report
 from gmail_cli.components import scores as scoring
 from gmail_cli.components.captions import Dataset, check_disjoint
 from gmail_cli.components.images import GeneratedSet
@@ -53,10 +53,12 @@ def plan_key(
 ) -> StageKey:
     """What `run` would make from the artifacts with these digests."""
     inputs = {"embeddings": embeddings, "train": train, "aligned": aligned, "generated": generated, "index": index}
+    if profile.eval.extra_positives:
+        inputs["extra_positives"] = digest_of(_extra_positives(profile))
     return StageKey(
         stage="eval",
         version=VERSION,
-        settings=settings(profile.eval),
+        settings={name: value for name, value in settings(profile.eval).items() if name != "extra_positives"},
         inputs={name: digest for name, digest in inputs.items() if digest is not None},
         seed=profile.seed,
     )
@@ -127,6 +129,11 @@ def run(
         return slot.commit(
             summary={"verdict": headline, "protocol": results["protocol"], "metrics": results["metrics"]}
         )
+
+
+def _extra_positives(profile: Profile) -> dict[str, list[str]] | None:
+    named = profile.eval.extra_positives
+    return exchange.read_extra_positives(Path(named)) if named else None
 
 
 def read_baseline(baseline: Path) -> dict[str, Any]:
@@ -339,7 +346,15 @@ class _Work:
             self._note("Retrieval left out: the captions name classes, so none of them belongs to one image alone.")
             found = measure.Retrieval({})
         else:
-            found = measure.retrieval(images, texts=texts, ks=chosen.recall_at, true_recall=chosen.true_recall)
+            protocol = protocols.find(self.origins["protocol"])
+            found = measure.retrieval(
+                images,
+                texts=texts,
+                ks=chosen.recall_at,
+                true_recall=chosen.true_recall,
+                folds=protocol.folds if protocol else 1,
+                extra_positives=_extra_positives(self.profile),
+            )
         for kind, ranks in found.ranks.items():
             for direction in measure.DIRECTIONS:
                 name = f"ranks/{model.name}.{kind}.{direction}.npy"

@@ -6,6 +6,7 @@ with others. Intervals are percentile intervals of a bootstrap by image.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from gmail_cli.components import exchange, gate, measure
+from gmail_cli.components import exchange, gate, measure, protocols
 from gmail_cli.components.metrics import gap as gaps
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
 from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
-from gmail_cli.components.metrics.retrieval import KS, retrieval_ranks
+from gmail_cli.components.metrics.retrieval import KS, check_owners, retrieval_ranks, retrieval_ranks_in_folds
 from gmail_cli.components.scores import Scores
-from gmail_cli.errors import InputError
+from gmail_cli.errors import InputError, UsageError
 
 SCHEMA = "gmail.score/1"
 CONFIDENCE = 0.95
@@ -149,7 +150,14 @@ def captions(references: Path, *, results: Path, meteor: Literal["auto", "on", "
 
 
 def retrieval(
-    images: Path, *, texts: Path, owners: Path, true_recall: bool = False, progress: Progress | None = None
+    images: Path,
+    *,
+    texts: Path,
+    owners: Path,
+    extra_positives: Path | None = None,
+    protocol: str | None = None,
+    true_recall: bool = False,
+    progress: Progress | None = None,
 ) -> Scored:
     """Text-to-image and image-to-text retrieval by cosine, exact, with ties at their expectation.
 
@@ -157,22 +165,44 @@ def retrieval(
         images: ``.npy``, one row per image.
         texts: ``.npy``, one row per text.
         owners: ``.npy`` of integers: for each text the row of its image.
+        extra_positives: ``.npy`` of integers [pairs, 2]: further right (text row, image row) pairs, as ECCV Caption and
+            CxC have; adds mAP@R and R-precision.
+        protocol: A known protocol that the files must fit, and whose rule is applied.
         true_recall: Also the share of all right answers among the first k.
+        progress: Called with (tiles done, tiles in all).
 
     Raises:
-        InputError: A file is unreadable or bad, a row has length zero, or the three do not fit each other.
+        InputError: A file is unreadable or bad, a row has length zero, or they do not fit each other or the protocol.
+        UsageError: There is no such protocol, or there are extra right answers as well.
     """
     image_rows, text_rows = exchange.read_features(images), exchange.read_features(texts)
     _same_dimension(image_rows, text_rows, images, texts)
     lengths = {"images": exchange.norm_range(image_rows), "texts": exchange.norm_range(text_rows)}
-    ranks = retrieval_ranks(
-        exchange.unit_rows(image_rows, name=str(images)),
-        texts=exchange.unit_rows(text_rows, name=str(texts)),
-        owners=exchange.read_array(owners),
-        all_positives=true_recall,
-        progress=progress,
-    )
-    scores = measure.ranked(ranks, ks=KS, true_recall=true_recall)
+    of_image = exchange.read_array(owners)
+    extra = None if extra_positives is None else exchange.read_array(extra_positives)
+    rule = None if protocol is None else _protocol(protocol)
+    image_units = exchange.unit_rows(image_rows, name=str(images))
+    text_units = exchange.unit_rows(text_rows, name=str(texts))
+    if rule is not None:
+        if extra is not None:  # they name rows of files that the protocol's rule may cut
+            raise UsageError(f"protocol {rule.label} goes without extra positives", hint="Leave one of them out.")
+        check_owners(of_image, texts=len(text_rows), images=len(image_rows))
+        ids = [f"row {row}" for row in range(len(image_rows))]
+        kept = rule.rows(of_image.tolist(), ids=ids, source=str(owners))
+        text_units, of_image = text_units[kept], of_image[kept]
+        ranks = retrieval_ranks_in_folds(
+            image_units, texts=text_units, owners=of_image, folds=rule.folds, all_positives=true_recall
+        )
+    else:
+        ranks = retrieval_ranks(
+            image_units,
+            texts=text_units,
+            owners=of_image,
+            extra_positives=extra,
+            all_positives=true_recall or extra is not None,
+            progress=progress,
+        )
+    scores = measure.ranked(ranks, ks=KS, true_recall=true_recall, extra_positives=extra)
     for direction in measure.DIRECTIONS:
         one = getattr(ranks, direction)
         scores[f"{direction}_mean_rank"] = Scores.mean(one.expected_rank(), groups=one.image)
@@ -184,12 +214,13 @@ def retrieval(
             f"{ranks.images_without_captions} images have no text: they are candidates for texts, and no queries"
         )
     return Scored(
-        protocol="score-retrieval/1",
+        protocol=rule.label if rule else "score-retrieval/1",
         n={
             "images": len(image_rows),
-            "texts": len(text_rows),
+            "texts": len(text_units),
             "image_queries": len(ranks.image_to_text.query),
             "images_without_text": ranks.images_without_captions,
+            **({"positives": int(ranks.text_to_image.positives.sum())} if extra is not None else {}),
         },
         metrics=_values(scores),
         intervals=_intervals(scores),
@@ -199,6 +230,7 @@ def retrieval(
             "dim": image_rows.shape[1],
             "hit": "any right answer among the first k",
             "ties": "expectation under random order",
+            **({"protocol": rule.about, "folds": rule.folds} if rule else {}),
         },
         notes=tuple(notes),
     )
@@ -313,6 +345,15 @@ def gap(real: Path, *, generated: Path) -> Scored:
         left_out=left_out,
         notes=tuple(notes),
     )
+
+
+def _protocol(name: str) -> protocols.Protocol:
+    found = protocols.find(name)
+    if found is None:
+        near = difflib.get_close_matches(name, protocols.REGISTRY, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(protocols.REGISTRY)}."
+        raise UsageError(f"there is no protocol {name!r}", hint=hint)
+    return found
 
 
 def _values(scores: Mapping[str, Scores]) -> dict[str, float]:

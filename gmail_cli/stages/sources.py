@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact
-from gmail_cli.components import captions
+from gmail_cli.components import captions, protocols
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.tables import Table
+from gmail_cli.errors import UsageError
 from gmail_cli.profile import Profile, settings
 
 SPLIT_SEED = 0
@@ -17,8 +18,19 @@ seed would be tested on its own training images under another."""
 
 
 def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any]:
-    """Arguments of :func:`gmail_cli.components.captions.read` for the training or test set, JSON-able."""
+    """Arguments of :func:`read` for the training or test set, JSON-able.
+
+    Raises:
+        UsageError: ``data.protocol`` names a version that there is not, or is limited to fewer images than it demands.
+    """
     data = profile.data
+    protocol = protocols.find(data.protocol)
+    if protocol is not None and 0 < data.test_limit < protocol.images:
+        raise UsageError(
+            f"data.test_limit is {data.test_limit}, and protocol {protocol.label} is of {protocol.images:,} images",
+            hint='Leave the limit out, or the protocol: --set data.protocol="".',
+        )
+    held_to = {"protocol": protocol.label, "kind": protocol.kind} if protocol is not None and part == "test" else {}
     return {
         "source": getattr(data, part),
         "images": getattr(data, f"{part}_images") or None,
@@ -29,24 +41,33 @@ def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any
         "on_bad": data.on_bad,
         "scene_seed": data.scene_seed,
         "scene_size": data.scene_size,
+        **held_to,
     }
 
 
 def read(source: dict[str, Any]) -> Dataset:
-    """Read the set that :func:`source` described."""
+    """Read the set that :func:`source` described; a test set is cut to what its protocol uses.
+
+    Raises:
+        InputError, UsageError: As :func:`gmail_cli.components.captions.read`; also when it is not the protocol's set.
+    """
     holdout = tuple(source["holdout"]) if source["holdout"] else None
-    return captions.read(**{**source, "holdout": holdout})
+    protocol = protocols.find(source.get("protocol", ""))
+    given = {name: value for name, value in source.items() if name != "protocol"}
+    dataset = captions.read(**{**given, "holdout": holdout})
+    return protocol.apply(dataset) if protocol is not None else dataset
 
 
 def origins(profile: Profile) -> dict[str, Any]:
     """What an embed artifact says of itself: where its sets lie, the model, the protocol. Index and eval read it, so
     that they describe what was embedded whatever profile they are called with."""
     data = profile.data
+    protocol = protocols.find(data.protocol)
     return {
         "train": source(profile, part="train"),
         "test": source(profile, part="test"),
         "model": settings(profile.model),
-        "protocol": data.protocol or f"{Path(data.test).name}/unversioned",
+        "protocol": protocol.label if protocol else data.protocol or f"{Path(data.test).name}/unversioned",
     }
 
 
