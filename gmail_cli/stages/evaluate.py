@@ -118,7 +118,7 @@ def run(
             test_set=work.test_set_digest(),
             seed=profile.seed,
         )
-        results["cells"] = work.kept
+        results |= {"cells": work.kept, **({"zero_shot": work.zero_shot} if work.zero_shot else {})}
         slot.write_json(RESULTS, results)
         shown = work.shown(results)
         slot.write_text("report.html", report.html(shown))
@@ -202,6 +202,7 @@ class _Work:
         self.generated = GeneratedSet.load(inputs["generated"].path) if "generated" in inputs else None
         self.seen = _Seen()
         self.kept: list[dict[str, Any]] = []
+        self.zero_shot: dict[str, Any] = {}
         self.test = self._test_set()
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -365,6 +366,7 @@ class _Work:
         scores = dict(found.scores)
         if prompts is not None:
             more, classified = measure.zero_shot(images, prompts=prompts)
+            self.zero_shot = _prompts_used(prompts)
             scores |= more
             self._remember("Zero-shot accuracy", model, classified)
         return scores
@@ -547,6 +549,12 @@ class _Work:
         )
         versions = self.inputs["embeddings"].manifest["versions"]
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _prompts_used(prompts: Table) -> dict[str, Any]:
+    """How many classes and prompts, and the SHA-256 of (label, prompt) in order: zero-shot accuracy depends on them."""
+    used = [(row["label"], row.get("text")) for row in prompts.rows]
+    return {"classes": len({label for label, _ in used}), "prompts": len(used), "digest": digest_of(used)}
 
 
 _MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact
-from gmail_cli.components import captions, protocols
+from gmail_cli.components import captions, prompts, protocols
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import UsageError
@@ -30,7 +30,11 @@ def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any
             f"data.test_limit is {data.test_limit}, and protocol {protocol.label} is of {protocol.images:,} images",
             hint='Leave the limit out, or the protocol: --set data.protocol="".',
         )
-    held_to = {"protocol": protocol.label, "kind": protocol.kind} if protocol is not None and part == "test" else {}
+    only_test: dict[str, Any] = {}
+    if part == "test" and protocol is not None:
+        only_test = {"protocol": protocol.label, "kind": protocol.kind}
+    if part == "test" and data.class_names:
+        only_test["class_names"] = data.class_names
     return {
         "source": getattr(data, part),
         "images": getattr(data, f"{part}_images") or None,
@@ -41,20 +45,22 @@ def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any
         "on_bad": data.on_bad,
         "scene_seed": data.scene_seed,
         "scene_size": data.scene_size,
-        **held_to,
+        **only_test,
     }
 
 
 def read(source: dict[str, Any]) -> Dataset:
-    """Read the set that :func:`source` described; a test set is cut to what its protocol uses.
+    """Read the set that :func:`source` described; a test set gets its class names and is cut to its protocol.
 
     Raises:
         InputError, UsageError: As :func:`gmail_cli.components.captions.read`; also when it is not the protocol's set.
     """
     holdout = tuple(source["holdout"]) if source["holdout"] else None
     protocol = protocols.find(source.get("protocol", ""))
-    given = {name: value for name, value in source.items() if name != "protocol"}
+    given = {name: value for name, value in source.items() if name not in ("protocol", "class_names")}
     dataset = captions.read(**{**given, "holdout": holdout})
+    if source.get("class_names"):
+        dataset = prompts.name_classes(dataset, source["class_names"])
     return protocol.apply(dataset) if protocol is not None else dataset
 
 
