@@ -99,6 +99,51 @@ def retrieval(
 
 
 @app.command()
+def clipscore(
+    images: Annotated[Path, typer.Option(metavar="NPY", help="Image embeddings, one row each.")],
+    captions: Annotated[Path, typer.Option(metavar="NPY", help="Embedding of the caption of each image.")],
+    references: Annotated[
+        Path | None, typer.Option(metavar="NPY", help="Embeddings of reference captions; adds RefCLIPScore.")
+    ] = None,
+    owners: Annotated[
+        Path | None, typer.Option(metavar="NPY", help="Integers: for each reference the row of its image.")
+    ] = None,
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """CLIPScore and RefCLIPScore of captions, from embeddings by one CLIP."""
+    from gmail_cli.stages import score
+
+    held = _Held(baseline, tolerance, junit, annotations)
+    held.show(score.clipscore(images, captions=captions, references=references, owners=owners), as_json=as_json)
+
+
+@app.command()
+def qa(
+    questions: Annotated[
+        Path, typer.Option(metavar="PATH", help="ScienceQA's folder (problems.json), or Parquet files of MMMU.")
+    ],
+    predictions: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSON Lines of question_id and text, or a JSON object id: text.")
+    ],
+    split: Annotated[str, typer.Option(help="Split of ScienceQA.")] = "test",
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy on ScienceQA or MMMU of what a model wrote, by each benchmark's rules for reading an answer."""
+    from gmail_cli.stages import score
+
+    held = _Held(baseline, tolerance, junit, annotations)
+    held.show(score.questions(questions, predictions=predictions, split=split), as_json=as_json)
+
+
+@app.command()
 def fidelity(
     real: RealOption,
     generated: GeneratedOption,

@@ -16,7 +16,9 @@ import numpy as np
 from jaxtyping import Float
 
 from gmail_cli.components import exchange, gate, measure, protocols
+from gmail_cli.components import questions as question_sets
 from gmail_cli.components.metrics import gap as gaps
+from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
 from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
 from gmail_cli.components.metrics.retrieval import KS, check_owners, retrieval_ranks, retrieval_ranks_in_folds
@@ -233,6 +235,83 @@ def retrieval(
             **({"protocol": rule.about, "folds": rule.folds} if rule else {}),
         },
         notes=tuple(notes),
+    )
+
+
+def questions(path: Path, *, predictions: Path, split: str = "test") -> Scored:
+    """Accuracy on ScienceQA or MMMU of what a model wrote.
+
+    Args:
+        path: ScienceQA's folder, or MMMU's Parquet files.
+        predictions: The model's responses.
+        split: Of ScienceQA.
+
+    Raises:
+        InputError: A file is unreadable or bad, or the two are not of the same questions.
+    """
+    asked = question_sets.read_questions(path, split=split)
+    given = question_sets.read_responses(predictions, questions=asked)
+    marks = [asked.mark(question, given[question.id]) for question in asked.questions]
+    right = np.array([mark for mark, _ in marks])
+    names = list(dict.fromkeys(group for question in asked.questions for group in question.groups))
+    scores = {"accuracy": Scores.mean(right, groups=np.arange(len(right)))}
+    for name in names:
+        of = np.flatnonzero([name in question.groups for question in asked.questions])
+        scores[f"{name}_accuracy"] = Scores.mean(right[of], groups=of)
+    named = float(np.mean([named for _, named in marks]))
+    rules = {
+        "scienceqa": "a letter alone or first, or after 'The answer is'; wrong where none is found",
+        "mmmu": "the last option named, by letter or text; where none is found, the chance of a guess",
+    }
+    return Scored(
+        protocol=f"score-{asked.benchmark}/1",
+        n={"questions": len(right), **{name: sum(name in each.groups for each in asked.questions) for name in names}},
+        metrics={**_values(scores), "answered_share": named},
+        intervals=_intervals(scores),
+        settings={"extraction": rules[asked.benchmark]},
+        notes=(f"{round((1 - named) * len(right))} responses name no option",) if named < 1 else (),
+    )
+
+
+def clipscore(images: Path, *, captions: Path, references: Path | None = None, owners: Path | None = None) -> Scored:
+    """CLIPScore of captions, and RefCLIPScore with references, from embeddings by one CLIP.
+
+    Args:
+        images: ``.npy``, one row per image.
+        captions: ``.npy``, the caption of each image.
+        references: ``.npy``, reference captions.
+        owners: ``.npy`` of integers: for each reference the row of its image.
+
+    Raises:
+        InputError: A file is unreadable or bad, a row has length zero, or they do not fit each other.
+        UsageError: References without owners, or the reverse.
+    """
+    if (references is None) != (owners is None):
+        raise UsageError("references and owners go together", hint="Give both --references and --owners, or neither.")
+    image_rows, caption_rows = exchange.read_features(images), exchange.read_features(captions)
+    _same_dimension(image_rows, caption_rows, images, captions)
+    pictures = exchange.unit_rows(image_rows, name=str(images))
+    texts = exchange.unit_rows(caption_rows, name=str(captions))
+    found = clip_score(pictures, captions=texts)
+    rows = np.arange(len(found))
+    scores = {"clip_score": Scores.mean(found, groups=rows)}
+    n = {"images": len(found)}
+    if references is not None and owners is not None:
+        reference_rows = exchange.read_features(references)
+        _same_dimension(image_rows, reference_rows, images, references)
+        of_image = check_owners(exchange.read_array(owners), texts=len(reference_rows), images=len(found))
+        truths = exchange.unit_rows(reference_rows, name=str(references))
+        both = reference_clip_score(found, captions=texts, references=truths, owners=of_image)
+        scores["ref_clip_score"] = Scores.mean(both, groups=rows)
+        n["references"] = len(truths)
+    return Scored(
+        protocol="score-clipscore/1",
+        n=n,
+        metrics=_values(scores),
+        intervals=_intervals(scores),
+        settings={"dim": image_rows.shape[1], "clip_score": "2.5 max(cos, 0)", "ref_clip_score": "harmonic mean"},
+        left_out={} if references is not None else {"ref_clip_score": "no references given"},
+        notes=("published scores use CLIP ViT-B/32 and put 'A photo depicts ' before every caption and reference",),
     )
 
 
