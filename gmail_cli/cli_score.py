@@ -144,6 +144,37 @@ def qa(
 
 
 @app.command()
+def classification(
+    train: Annotated[Path, typer.Option(metavar="NPY", help="Features of training images, one row each.")],
+    train_labels: Annotated[Path, typer.Option(metavar="NPY", help="Integers from 0: the class of each.")],
+    test: Annotated[Path, typer.Option(metavar="NPY", help="Features of test images, by the same encoder.")],
+    test_labels: Annotated[Path, typer.Option(metavar="NPY", help="Integers: the class of each.")],
+    neighbours: Annotated[int, typer.Option(min=1, metavar="K", help="Votes of the nearest neighbours.")] = 20,
+    strength: Annotated[
+        float, typer.Option(min=1e-9, metavar="C", help="How closely the probe fits: scikit-learn's C.")
+    ] = 1.0,
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy of nearest neighbours, nearest class means and a linear probe on features of labelled images."""
+    from gmail_cli.stages import score
+
+    held = _Held(baseline, tolerance, junit, annotations)
+    found = score.classification(
+        train,
+        train_labels=train_labels,
+        test=test,
+        test_labels=test_labels,
+        neighbours=neighbours,
+        strength=strength,
+    )
+    held.show(found, as_json=as_json)
+
+
+@app.command()
 def fidelity(
     real: RealOption,
     generated: GeneratedOption,

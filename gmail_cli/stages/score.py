@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from gmail_cli.components import exchange, gate, measure, protocols
 from gmail_cli.components import questions as question_sets
+from gmail_cli.components.metrics import classification as classifying
 from gmail_cli.components.metrics import gap as gaps
 from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
@@ -312,6 +313,67 @@ def clipscore(images: Path, *, captions: Path, references: Path | None = None, o
         settings={"dim": image_rows.shape[1], "clip_score": "2.5 max(cos, 0)", "ref_clip_score": "harmonic mean"},
         left_out={} if references is not None else {"ref_clip_score": "no references given"},
         notes=("published scores use CLIP ViT-B/32 and put 'A photo depicts ' before every caption and reference",),
+    )
+
+
+def classification(
+    train: Path,
+    *,
+    train_labels: Path,
+    test: Path,
+    test_labels: Path,
+    neighbours: int = 20,
+    strength: float = 1.0,
+) -> Scored:
+    """Classify test features by their nearest training features, the nearest class mean and a linear probe.
+
+    Args:
+        train: ``.npy`` of features, one row per image; rows are normalised.
+        train_labels: ``.npy`` of integers from 0, the class of each row.
+        test: The same of the test images, by the same encoder.
+        test_labels: Their classes; each must be among the training classes.
+        neighbours: Votes of k-NN.
+        strength: C of the probe.
+
+    Raises:
+        InputError: A file is unreadable or bad, or they do not fit each other.
+    """
+    train_rows, test_rows = exchange.read_features(train), exchange.read_features(test)
+    _same_dimension(train_rows, test_rows, train, test)
+    known, asked = exchange.read_array(train_labels), exchange.read_array(test_labels)
+    if known.dtype.kind not in "iu" or known.ndim != 1 or not len(known) or known.min() < 0:
+        raise InputError(f"{train_labels} holds no class numbers from 0", hint="Give one integer per row.")
+    names, numbers = np.unique(known, return_inverse=True)
+    unknown = np.setdiff1d(asked, names)
+    if len(unknown):
+        hint = "Every class of the test set must be trained on."
+        raise InputError(f"{test_labels} has class {unknown[0]}, which {train_labels} lacks", hint=hint)
+    labels = np.searchsorted(names, asked)
+    a, b = exchange.unit_rows(train_rows, name=str(train)), exchange.unit_rows(test_rows, name=str(test))
+    classes = len(names)
+    means = classifying.centroids(a, labels=numbers, classes=classes)
+    weights = classifying.linear_probe(a, labels=numbers, classes=classes, strength=strength)
+    by = {
+        "nearest_neighbour_": classifying.neighbour_scores(
+            b, references=a, labels=numbers, classes=classes, k=neighbours
+        ),
+        "nearest_mean_": classifying.centroid_scores(b, centroids=means),
+        "linear_probe_": classifying.probe_scores(b, weights=weights),
+    }
+    scores: dict[str, Scores] = {}
+    for prefix, each in by.items():
+        scores |= measure.classified(classifying.classify(each, labels=labels), prefix=prefix)
+    return Scored(
+        protocol="score-classification/1",
+        n={"train": len(a), "test": len(b), "classes": classes},
+        metrics=_values(scores),
+        intervals=_intervals(scores),
+        settings={
+            "dim": a.shape[1],
+            "neighbours": neighbours,
+            "linear_probe": f"logistic regression, C = {strength:g}, on unit rows",
+            "ties": "expectation under random order",
+        },
     )
 
 
