@@ -18,7 +18,7 @@ import typer
 from gmail_cli import __version__, shipped
 from gmail_cli.cli_gate import AnnotationsOption, BaselineOption, Gate, JunitOption, ToleranceOption
 from gmail_cli.cli_score import app as score_app
-from gmail_cli.errors import GmailError, InputError, SetupError
+from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
 from gmail_cli.progress import Progress
 
 if TYPE_CHECKING:
