@@ -83,7 +83,7 @@ def test_bad_baselines_are_named(tmp_path: Path, content: str, problem: str) -> 
     file = tmp_path / "baseline.json"
     file.write_text(content)
     with pytest.raises(InputError, match=problem):
-        gate.read(file, schema="x/1")
+        gate.read(file, schema="x/1", hint="")
 
 
 CHECKS = [

@@ -97,13 +97,17 @@ def _allowed(full: str, tolerance: Mapping[str, float]) -> float:
     return next((tolerance[name] for name in (full, _short(full), "all") if name in tolerance), 0.0)
 
 
-def read(file: Path, *, schema: str) -> dict[str, Any]:
+def read(file: Path, *, schema: str, hint: str) -> dict[str, Any]:
     """A baseline: a JSON document of ``schema`` with ``protocol`` and ``metrics``.
+
+    Args:
+        file: Where it is.
+        schema: What it must say it is.
+        hint: What to give instead, for messages.
 
     Raises:
         InputError: It cannot be read, or is something else.
     """
-    hint = f"Give a file that holds a {schema} document."
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -142,7 +142,8 @@ def read_baseline(baseline: Path) -> dict[str, Any]:
     Raises:
         InputError: It cannot be read, or is something else.
     """
-    return gate.read(baseline / RESULTS if baseline.is_dir() else baseline, schema=scoring.SCHEMA)
+    file = baseline / RESULTS if baseline.is_dir() else baseline
+    return gate.read(file, schema=scoring.SCHEMA, hint="Give the results.json of an eval.")
 
 
 def comparable_metrics(artifact: Artifact, *, baseline: Mapping[str, Any], file: Path) -> dict[str, float]:

@@ -85,7 +85,7 @@ def read_baseline(file: Path) -> dict[str, Any]:
     Raises:
         InputError: It cannot be read, or is something else.
     """
-    return gate.read(file, schema=SCHEMA)
+    return gate.read(file, schema=SCHEMA, hint="Give what the same gmail score command printed with --json.")
 
 
 def comparable_metrics(found: Scored, *, baseline: Mapping[str, Any], file: Path) -> dict[str, float]:
