@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gmail_cli import __version__, shipped
+from gmail_cli.cli_gate import AnnotationsOption, BaselineOption, Gate, JunitOption, ToleranceOption
 from gmail_cli.cli_score import app as score_app
 from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
 from gmail_cli.progress import Progress
@@ -276,13 +277,10 @@ def eval_(
         Path | None, typer.Option("--embeddings", metavar="ARTIFACT", help="Embed artifact; default: the run's latest.")
     ] = None,
     train_: TrainOption = None,
-    baseline: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="results.json of an earlier eval to compare with.")
-    ] = None,
-    tolerance: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC=POINTS", help="Allowed fall against the baseline, in points; may be repeated."),
-    ] = None,
+    baseline: BaselineOption = None,
+    tolerance: ToleranceOption = None,
+    junit: JunitOption = None,
+    annotations: AnnotationsOption = None,
     profile: ProfileOption = None,
     set_: SetOption = None,
     run: RunOption = None,
@@ -291,20 +289,59 @@ def eval_(
     dry_run: DryRunOption = False,
 ) -> None:
     """Measure on real images: retrieval, zero-shot, captions, modality gap; write an HTML report."""
-    allowed = _tolerances(tolerance or [])
-    if allowed and baseline is None:
-        hint = "Name the results to compare with: --baseline FILE."
-        raise UsageError(f"--tolerance {' '.join(tolerance or [])} without --baseline", hint=hint)
+    gate = Gate.of(baseline, tolerance, junit, annotations)
     context = _Context(profile, set_, run, workspace, as_json, dry_run, {})
-    if baseline is None:
+    if gate is None:
         _stage("eval", context, embeddings=embeddings, train=train_)
         return
     from gmail_cli.stages import evaluate
 
-    evaluate.read_baseline(baseline)  # an evaluation takes minutes: find out first
+    before = evaluate.read_baseline(gate.baseline)  # an evaluation takes minutes: find out first
+    gate.check(before)
     artifact = _stage("eval", context, embeddings=embeddings, train=train_)
     if artifact is not None:
-        evaluate.check_baseline(artifact, baseline, tolerance=allowed)
+        now = evaluate.comparable_metrics(artifact, baseline=before, file=gate.baseline)
+        hint = "Allow a fall with --tolerance METRIC=POINTS, or find what changed (gmail eval --dry-run)."
+        gate.hold(now, baseline=before, suite="gmail.eval", title=f"gmail eval, {before['protocol']}", hint=hint)
+
+
+class TableFormat(str, Enum):
+    """How a table is written."""
+
+    TEXT = "text"
+    MARKDOWN = "markdown"
+    LATEX = "latex"
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[LABEL=]RUN...",
+            help="Names of runs, or eval artifacts; those that share a label are one system's seeds.",
+        ),
+    ],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Metric to compare, or all; may be repeated. Default: the headline metrics."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=100, metavar="N", help="Bootstrap resamples.")] = 2000,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, metavar="P", help="Level of the intervals.")] = 0.95,
+    format_: Annotated[TableFormat, typer.Option("--format", help="How the table is written.")] = TableFormat.TEXT,
+    workspace: WorkspaceOption = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Compare evaluations: every other label against the first, paired by query, p-values after Holm."""
+    from gmail_cli.components import comparison
+    from gmail_cli.stages import compare as stage
+
+    found = stage.run(runs, root=workspace, metrics=metric or (), draws=resamples, level=confidence)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, allow_nan=False))
+        return
+    write = {TableFormat.MARKDOWN: comparison.markdown, TableFormat.LATEX: comparison.latex}
+    typer.echo(write.get(format_, comparison.text)(found))
 
 
 @app.command(name="run")
@@ -700,21 +737,6 @@ def _result(text: str) -> None:
 
 def _toml_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _tolerances(texts: list[str]) -> dict[str, float]:
-    found = {}
-    for text in texts:
-        for part in text.split(","):
-            name, equals, number = part.partition("=")
-            try:
-                found[name.strip()] = float(number)
-            except ValueError:
-                equals = ""
-            if not equals or not name.strip():
-                hint = 'Write --tolerance "text_to_image_recall_at_1=0.5" (points of a percent).'
-                raise UsageError(f"--tolerance {text!r} is not METRIC=POINTS", hint=hint)
-    return found
 
 
 def _workspaces(root: Path, run: str | None) -> Iterator[Workspace]:

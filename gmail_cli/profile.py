@@ -27,6 +27,7 @@ else:
 
 DEFAULT_PROFILE = "tiny"
 LOCAL_PROFILE = Path("gmail.toml")
+TEMPLATE_SETS = ("openai-imagenet", "simple-imagenet")
 
 
 def _tuple(value: Any) -> Any:
@@ -86,10 +87,16 @@ class Data(Section):
     """Seed of the built-in world."""
     scene_size: Annotated[int, Field(ge=16, le=1024)] = 64
     """Side of a rendered scene, pixels."""
+    class_names: str = ""
+    """What prompts call the classes of `test`, where its labels are numbers or WordNet ids: a text file with one name a
+    line (`classnames.txt` of CLIP_benchmark), or `openai-imagenet`. Empty: the labels."""
     on_bad: Literal["fail", "skip"] = "fail"
     """What a bad record does: stop and name it, or be left out and counted."""
     protocol: str = ""
-    """Name and version of the evaluation protocol, such as `scenes-1k/1`; written into every result row."""
+    """Name and version of the evaluation protocol; written into every result row. A known name (`coco-karpathy-5k`,
+    `coco-karpathy-1k-folds`, `coco-val2017-5k`, `flickr30k-1k`, `flickr30k-31k`, `flickr8k-1k`, `sharegpt4v-1k`,
+    `urban-1k`, `dci`, `docci-5k`, `iiw-612`) holds the test set to its rule: the number of images, the captions used,
+    the folds. Any other label, such as `scenes-1k/1`, is only recorded."""
 
 
 class Model(Section):
@@ -329,7 +336,9 @@ class Embed(Section):
     """What real images go through at evaluation: f_r (paper, Fig. 1 and Algorithm 1), or f_g as one sentence of its
     section 3.2 has it."""
     templates: Annotated[Strings, Field(min_length=1)] = ("a photo of a {}.",)
-    """Prompts of zero-shot classification; `{}` stands for the class name, and their embeddings are averaged."""
+    """Prompts of zero-shot classification; `{}` stands for the class name, and their embeddings are averaged. A
+    set that comes with open_clip can be named (`openai-imagenet`: CLIP's 80, `simple-imagenet`: 7), or a `.txt` file
+    with one a line, as CLIP_benchmark's `zeroshot_classification_templates.txt`."""
     gap_count: Limit = 1000
     """Pairs of real and generated images to measure the modality gap on (paper, Table 14 and Fig. 3); 0 for none."""
     batch_size: Count = 256
@@ -346,8 +355,9 @@ class Embed(Section):
     @classmethod
     def _name_the_class(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
         for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r} must hold {{}} once, for the class name")
+            if template.count("{}") != 1 and template not in TEMPLATE_SETS and not template.endswith(".txt"):
+                sets = ", ".join(TEMPLATE_SETS)
+                raise ValueError(f"template {template!r} must hold {{}} once, for the class name, or be one of: {sets}")
         return templates
 
 
@@ -369,6 +379,9 @@ class Eval(Section):
     """The k of recall@k."""
     true_recall: bool = False
     """Also report the share of all correct items among the first k, beside whether any is."""
+    extra_positives: str = ""
+    """JSON file of more right answers, as ECCV Caption and CxC have them: id of a caption -> list of ids of images that
+    it also describes. They count as right; adds mAP@R and R-precision over the captions and images it names."""
     resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples, drawn by image, behind every interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95

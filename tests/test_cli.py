@@ -59,6 +59,7 @@ def test_every_command_of_the_design_is_there(tmp_path: Path) -> None:
         "embed",
         "index",
         "eval",
+        "compare",
         "run",
         "search",
         "profile",

@@ -13,11 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from test_cli import ROOT, shell_environment
 
 from gmail_cli.components import captions
 
-GUIDES = ("captions", "generate", "align", "train", "evaluate", "scenes")
+GUIDES = ("captions", "generate", "align", "train", "evaluate", "ci", "scenes")
 FIRST = ("README.md", "docs/getting-started.md", "docs/concepts.md", *(f"docs/guides/{name}.md" for name in GUIDES))
 """Pages in reading order; those of docs/ that are not named come after them."""
 
@@ -104,10 +105,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenes_as_coco("scenes:test", 12, folder / "captions_dev.json", images=folder / "dev")
     annotations = folder / "coco" / "annotations"
     annotations.mkdir(parents=True)
-    for source, name in (("coco.json", "captions_train2017.json"), ("captions_dev.json", "captions_val2017.json")):
-        shutil.copy(folder / source, annotations / name)
+    shutil.copy(folder / "coco.json", annotations / "captions_train2017.json")
     shutil.copytree(folder / "photos", folder / "coco" / "train2017")
-    shutil.copytree(folder / "dev", folder / "coco" / "val2017")
+    whole_val2017(folder / "coco" / "val2017", file=annotations / "captions_val2017.json", of=folder / "dev")
     (folder / "my-pipeline").symlink_to(ROOT / "gmail_cli/weights/tiny/pipeline")
     (folder / "sd14").mkdir()
     drawn = captions.read(folder / "coco.json", images=folder / "photos")
@@ -121,6 +121,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "sd14" / "part-0.parquet")
     return folder
+
+
+def whole_val2017(images: Path, *, file: Path, of: Path) -> None:
+    """As many images and captions as protocol coco-val2017-5k demands; the images are links to a few."""
+    files = sorted(of.iterdir())
+    images.mkdir()
+    described: dict[str, list[dict[str, object]]] = {"images": [], "annotations": []}
+    for row in range(5000):
+        (images / f"{row:05d}.png").symlink_to(files[row % len(files)])
+        described["images"].append({"id": row, "file_name": f"{row:05d}.png"})
+        for number in range(5 * row, 5 * row + 5):
+            described["annotations"].append({"id": number, "image_id": row, "caption": f"caption {number}"})
+    file.write_text(json.dumps(described))
 
 
 def scenes_as_coco(source: str, count: int, file: Path, *, images: Path) -> None:
@@ -148,6 +161,39 @@ def test_console_block_runs_as_written(block: Block, folder: Path, environment: 
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{block.script}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
+
+
+def test_the_workflow_runs_as_written_and_fails_on_a_fall(folder: Path, environment: dict[str, str]) -> None:
+    """Each `run` step of docs/guides/gmail-gate.yml but the installation, as GitHub's shell runs it."""
+    workflow = yaml.safe_load((ROOT / "docs/guides/gmail-gate.yml").read_text(encoding="utf-8"))
+    steps = [step for step in workflow["jobs"]["gate"]["steps"] if "run" in step and step["name"] != "Install"]
+    kept = next(step for step in workflow["jobs"]["gate"]["steps"] if step.get("name") == "Keep the report")
+    values = {**environment, "GITHUB_STEP_SUMMARY": str(folder / "summary.md")}
+    baseline = folder / "baseline" / "results.json"
+    results = json.loads(baseline.read_text(encoding="utf-8"))
+    assert results["protocol"] == "captions_dev.json/unversioned", "docs/guides/ci.md made it"
+
+    def run() -> dict[str, subprocess.CompletedProcess[str]]:
+        command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
+        return {
+            step["name"]: subprocess.run(
+                [*command, step["run"]], cwd=folder, env=values, capture_output=True, text=True, check=False
+            )
+            for step in steps
+        }
+
+    done = run()
+    assert {name: each.returncode for name, each in done.items()} == dict.fromkeys(done, 0), done
+    assert re.search(r"^::notice title=gmail eval.*metrics held$", done["Hold against the baseline"].stderr, re.M)
+    assert all((folder / path).is_file() for path in kept["with"]["path"].split())
+    assert (folder / "summary.md").read_text(encoding="utf-8").startswith("# GMAIL on")
+    name = "clip.none.text_to_image_mean_reciprocal_rank"
+    results["metrics"][name] += 0.02
+    baseline.write_text(json.dumps(results), encoding="utf-8")
+    done = run()
+    assert [each.returncode for each in done.values()] == [0, 5, 0]
+    assert re.search(rf"^::error title=.*::{name}: ", done["Hold against the baseline"].stderr, re.M)
+    assert done["Hold against the baseline"].stdout.startswith("runs/gate/eval/")
 
 
 def test_blocks_that_do_not_run_say_why_and_do_not_grow() -> None:

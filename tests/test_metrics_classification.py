@@ -12,7 +12,9 @@ from gmail_cli.components.metrics.classification import (
     centroids,
     class_embeddings,
     classify,
+    linear_probe,
     neighbour_scores,
+    probe_scores,
     zero_shot,
 )
 from gmail_cli.errors import InputError, UsageError
@@ -141,3 +143,35 @@ def test_what_cannot_be_classified_is_refused() -> None:
         neighbour_scores(vectors, references=vectors, labels=labels, classes=3, k=1, groups=labels)
     with pytest.raises(UsageError, match="top-0"):
         classify(vectors, labels=labels).correct(0)
+
+
+# -- linear probe ------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_probe_is_where_the_gradient_of_its_objective_vanishes() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 90)
+    vectors = np.eye(3)[labels][:, [0, 1, 2, 0]] + rng.normal(size=(90, 4))
+    found = linear_probe(vectors, labels=labels, classes=3, strength=0.7)
+
+    def loss(weights: np.ndarray) -> float:
+        logits = vectors @ weights[:, :-1].T + weights[:, -1]
+        likelihood = logits[np.arange(90), labels] - np.log(np.exp(logits).sum(axis=1))
+        return float(-likelihood.sum() + (weights[:, :-1] ** 2).sum() / 1.4)
+
+    for place in np.ndindex(found.shape):
+        step = np.zeros_like(found)
+        step[place] = 1e-4
+        assert abs(loss(found + step) - loss(found - step)) / 2e-4 < 1e-3
+    assert loss(found) < loss(np.zeros_like(found)) - 5
+    close = linear_probe(vectors, labels=labels, classes=3, strength=100.0)
+    assert np.square(close[:, :-1]).sum() > np.square(found[:, :-1]).sum()
+
+
+def test_a_linear_probe_of_two_mirrored_points() -> None:
+    """By symmetry b = 0 and w = (a, -a), and a^2 + 2 log(1 + exp(-2 a)) is least where a = 2 / (1 + exp(2 a))."""
+    found = linear_probe(np.array([[1.0], [-1.0]]), labels=np.array([0, 1]), classes=2, strength=1.0)
+    a = found[0, 0]
+    assert found == pytest.approx(np.array([[a, 0], [-a, 0]]), abs=1e-6)
+    assert a == pytest.approx(2 / (1 + np.exp(2 * a)), abs=1e-5)
+    assert probe_scores(np.array([[2.0]]), weights=found) == pytest.approx(np.array([[2 * a, -2 * a]]), abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise, permutations
 from math import comb
 
 import numpy as np
@@ -16,6 +17,7 @@ from gmail_cli.components.metrics.retrieval import (
     RetrievalRanks,
     retrieval_metrics,
     retrieval_ranks,
+    retrieval_ranks_in_folds,
 )
 from gmail_cli.errors import InputError, UsageError
 
@@ -230,3 +232,81 @@ def test_what_cannot_be_ranked_is_refused() -> None:
 
 def test_default_ks_are_the_papers() -> None:
     assert KS == (1, 5, 10)
+
+
+# -- extra right answers and folds -------------------------------------------------------------------------------
+
+
+def oracle_precisions(scores: list[int], positives: set[int]) -> tuple[float, float]:
+    """mAP@R and R-precision from their definitions, averaged over every order that the scores allow."""
+    orders = [
+        order for order in permutations(range(len(scores))) if all(scores[a] >= scores[b] for a, b in pairwise(order))
+    ]
+    places = len(positives)
+    average, share = 0.0, 0.0
+    for order in orders:
+        right = [item in positives for item in order[:places]]
+        average += sum(sum(right[: at + 1]) / (at + 1) for at in range(places) if right[at]) / places
+        share += sum(right) / places
+    return average / len(orders), share / len(orders)
+
+
+def test_precisions_at_r_equal_their_definitions_over_all_orders_of_ties() -> None:
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(12):
+        images = rng.integers(-1, 2, (6, 2)).astype(np.float32)
+        texts = rng.integers(-1, 2, (5, 2)).astype(np.float32)
+        owners = rng.integers(0, 6, 5)
+        extra = np.stack([rng.integers(0, 5, 7), rng.integers(0, 6, 7)], axis=1)
+        found = retrieval_ranks(images, texts=texts, owners=owners, extra_positives=extra, all_positives=True)
+        pairs = {*enumerate(owners.tolist()), *map(tuple, extra.tolist())}
+        scores = texts @ images.T
+        for ranks, matrix, of in (
+            (found.text_to_image, scores, lambda row, pairs=pairs: {i for t, i in pairs if t == row}),
+            (found.image_to_text, scores.T, lambda row, pairs=pairs: {t for t, i in pairs if i == row}),
+        ):
+            for at, row in enumerate(ranks.query.tolist()):
+                average, share = oracle_precisions(matrix[row].tolist(), of(row))
+                assert ranks.average_precision_at_r()[at] == pytest.approx(average)
+                assert ranks.r_precision()[at] == pytest.approx(share)
+                seen += len(of(row)) > 2
+    assert seen > 20
+
+
+def test_precision_needs_every_positive_and_pairs_two_columns() -> None:
+    eye, rows = np.eye(3, dtype=np.float32), np.arange(3)
+    with pytest.raises(UsageError, match="needs the rank of every positive"):
+        retrieval_ranks(eye, texts=eye, owners=rows).text_to_image.average_precision_at_r()
+    with pytest.raises(InputError, match=r"extra_positives has shape \(3,\)"):
+        retrieval_ranks(eye, texts=eye, owners=rows, extra_positives=rows)
+
+
+def test_folds_are_searched_each_for_itself() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(20, 5)).astype(np.float32)
+    owners = rng.permutation(np.repeat(np.arange(20), 3))
+    texts = images[owners] + rng.normal(size=(60, 5)).astype(np.float32)
+    found = retrieval_ranks_in_folds(images, texts=texts, owners=owners, folds=4, all_positives=True)
+    parts = []
+    for start in range(0, 20, 5):
+        mine = np.flatnonzero(owners // 5 == start // 5)
+        block = images[start : start + 5]
+        parts.append(
+            retrieval_metrics(
+                retrieval_ranks(block, texts=texts[mine], owners=owners[mine] - start, all_positives=True),
+                true_recall=True,
+            )
+        )
+    joined = retrieval_metrics(found, true_recall=True)
+    for name in joined:
+        if "median" not in name:
+            assert joined[name] == pytest.approx(np.mean([part[name] for part in parts])), name
+    assert found.text_to_image.candidates == 5
+    assert sorted(found.text_to_image.query.tolist()) == list(range(60))
+    assert (owners[found.text_to_image.query] == found.text_to_image.image).all()
+    assert found.image_to_text.query.tolist() == found.image_to_text.image.tolist() == list(range(20))
+    whole = retrieval_metrics(retrieval_ranks(images, texts=texts, owners=owners))
+    assert whole["text_to_image_recall_at_1"] < joined["text_to_image_recall_at_1"]
+    with pytest.raises(InputError, match="20 images are no 3 equal folds"):
+        retrieval_ranks_in_folds(images, texts=texts, owners=owners, folds=3)

@@ -295,6 +295,40 @@ def test_gap_of_pairs_equals_its_definitions(score: Run) -> None:
     assert {*found["intervals"]} == {"paired_cosine"}
 
 
+def test_classification_of_features(score: Run) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 120) * 2  # the numbers need not follow one another
+    features = np.eye(6)[labels] * 4 + rng.normal(size=(120, 6))
+    save(train=features[:80], train_labels=labels[:80], test=features[80:], test_labels=labels[80:])
+    files = ("--train", "train.npy", "--train-labels", "train_labels.npy")
+    tested = ("--test", "test.npy", "--test-labels", "test_labels.npy")
+    found = document(score("classification", *files, *tested, "--neighbours", "5", "--json"))
+    unit = features / np.linalg.norm(features, axis=1)[:, None]
+    nearest = np.argsort(-(unit[80:] @ unit[:80].T), axis=1)[:, :5]
+    votes = np.stack([(labels[nearest] == each).sum(axis=1) for each in (0, 2, 4)], axis=1)
+    own = votes[np.arange(40), labels[80:] // 2]
+    expected = ((own == votes.max(axis=1)) / (votes == votes.max(axis=1)[:, None]).sum(axis=1)).mean()
+    assert found["metrics"]["nearest_neighbour_top_1_accuracy"] == pytest.approx(expected)
+    assert {*found["metrics"]} == {
+        f"{by}_{name}"
+        for by in ("nearest_neighbour", "nearest_mean", "linear_probe")
+        for name in ("top_1_accuracy", "mean_per_class_accuracy")
+    }
+    assert min(found["metrics"].values()) > 0.8
+    assert found["n"] == {"train": 80, "test": 40, "classes": 3}
+    weak = document(score("classification", *files, *tested, "--strength", "1e-6", "--json"))
+    assert weak["settings"]["linear_probe"] != found["settings"]["linear_probe"]
+    save(test_labels=np.where(labels[80:] == 2, 3, labels[80:]))
+    code, _, err = score("classification", *files, *tested)
+    assert (code, "test_labels.npy has class 3, which train_labels.npy lacks" in err) == (3, True)
+    save(train_labels=labels[:80].astype(float))
+    code, _, err = score("classification", *files, *tested)
+    assert (code, "train_labels.npy holds no class numbers from 0" in err) == (3, True)
+    save(train_labels=labels[:79], test_labels=labels[80:])
+    code, _, err = score("classification", *files, *tested)
+    assert (code, "labels have shape (79,)" in err) == (3, True)
+
+
 def test_gap_of_sets_that_are_no_pairs(score: Run) -> None:
     real, generated = clouds(others=9)
     save(real=real, generated=generated)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from gmail_cli.components.metrics import classification, gap
 from gmail_cli.components.metrics.captioning import METRICS, CaptionScores, bleu, score_captions
 from gmail_cli.components.metrics.classification import Classification
-from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks, retrieval_ranks
+from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks, retrieval_ranks_in_folds
 from gmail_cli.components.scores import Scores, Statistic
 from gmail_cli.components.tables import Table, require_same_space
 from gmail_cli.errors import InputError, SetupError
@@ -41,7 +41,15 @@ class Retrieval:
     rows: dict[str, Int[np.ndarray, " texts"]] = field(default_factory=dict)
 
 
-def retrieval(images: Table, *, texts: Table, ks: Sequence[int], true_recall: bool = False) -> Retrieval:
+def retrieval(
+    images: Table,
+    *,
+    texts: Table,
+    ks: Sequence[int],
+    true_recall: bool = False,
+    folds: int = 1,
+    extra_positives: Mapping[str, Sequence[str]] | None = None,
+) -> Retrieval:
     """Rank texts for images and images for texts, short and long captions apart.
 
     Args:
@@ -49,9 +57,13 @@ def retrieval(images: Table, *, texts: Table, ks: Sequence[int], true_recall: bo
         texts: Their captions; each row names its image as ``owner`` and may have a ``kind``.
         ks: The k of recall@k.
         true_recall: Also the share of all right answers among the first k.
+        folds: Blocks of consecutive images that are searched each for itself; every query counts once.
+        extra_positives: Id of a text -> ids of images that it also describes; those of texts that are not here are
+            left aside. Adds mAP@R and R-precision.
 
     Raises:
-        InputError: The tables do not live in one space, or a text belongs to no image of the table.
+        InputError: The tables do not live in one space, a text belongs to no image of the table, an extra image is not
+            in it, or the extra pairs name no text of it.
     """
     require_same_space(images, texts)
     places = {name: row for row, name in enumerate(images.ids)}
@@ -62,26 +74,45 @@ def retrieval(images: Table, *, texts: Table, ks: Sequence[int], true_recall: bo
         rows = np.flatnonzero(kinds == kind)
         if not len(rows):
             continue
-        ranks = retrieval_ranks(
-            images.vectors, texts=texts.vectors[rows], owners=owners[rows], all_positives=true_recall
+        extra = None if extra_positives is None else _pairs(extra_positives, texts, rows=rows, places=places)
+        ranks = retrieval_ranks_in_folds(
+            images.vectors,
+            texts=texts.vectors[rows],
+            owners=owners[rows],
+            folds=folds,
+            extra_positives=extra,
+            all_positives=true_recall or extra is not None,
         )
         found.ranks[kind], found.rows[kind] = ranks, rows
         prefix = "" if kind == "short" else "long_"
-        scores = ranked(ranks, ks=ks, true_recall=true_recall)
+        scores = ranked(ranks, ks=ks, true_recall=true_recall, extra_positives=extra)
         found.scores.update({f"{prefix}{name}": score for name, score in scores.items()})
+    if extra_positives is not None and not any("map_at_r" in name for name in found.scores):
+        raise InputError(
+            f"none of the {len(extra_positives)} captions with extra positives is among the {len(texts.rows)} here",
+            hint="Use the annotations of this test set; the key is a caption's id.",
+        )
     return found
 
 
-def ranked(ranks: RetrievalRanks, *, ks: Sequence[int], true_recall: bool = False) -> dict[str, Scores]:
-    """Recalls, on request true recalls, and mean reciprocal rank of both directions.
+def ranked(
+    ranks: RetrievalRanks,
+    *,
+    ks: Sequence[int],
+    true_recall: bool = False,
+    extra_positives: Int[np.ndarray, "pairs 2"] | None = None,
+) -> dict[str, Scores]:
+    """Recalls, on request true recalls and precisions at R, and mean reciprocal rank of both directions.
 
     Args:
-        ranks: With all positives ranked when ``true_recall``.
+        ranks: With all positives ranked when ``true_recall`` or with ``extra_positives``.
         ks: The k of recall@k.
         true_recall: Also the share of all right answers among the first k.
+        extra_positives: The (text row, image row) pairs ``ranks`` were told of; adds mAP@R and R-precision over the
+            texts and images that they name, as ECCV Caption (2022) reports.
     """
     scores: dict[str, Scores] = {}
-    for direction in DIRECTIONS:
+    for column, direction in enumerate(DIRECTIONS):
         one: Ranks = getattr(ranks, direction)
         mean = partial(Scores.mean, groups=one.image)
         for k in ks:
@@ -89,6 +120,10 @@ def ranked(ranks: RetrievalRanks, *, ks: Sequence[int], true_recall: bool = Fals
         if true_recall:
             for k in ks:
                 scores[f"{direction}_true_recall_at_{k}"] = mean(one.true_recall(k))
+        if extra_positives is not None:
+            named = np.isin(one.query, extra_positives[:, column])
+            for name, values in (("map_at_r", one.average_precision_at_r()), ("r_precision", one.r_precision())):
+                scores[f"{direction}_{name}"] = Scores.mean(values[named], groups=one.image[named])
         scores[f"{direction}_mean_reciprocal_rank"] = mean(one.reciprocal_rank())
     return scores
 
@@ -244,6 +279,23 @@ def _place(row: Mapping[str, object], places: Mapping[str, int], table: str) -> 
             hint="Embed images and texts of one set together.",
         )
     return places[str(owner)]
+
+
+def _pairs(
+    extra: Mapping[str, Sequence[str]], texts: Table, *, rows: Int[np.ndarray, " texts"], places: Mapping[str, int]
+) -> Int[np.ndarray, "pairs 2"] | None:
+    """(row among ``rows``, row of the image) of each extra right answer; None where none is among these texts."""
+    found = []
+    for at, row in enumerate(rows.tolist()):
+        for image in extra.get(texts.rows[row]["id"], ()):
+            if image not in places:
+                raise InputError(
+                    f"extra positives: text {texts.rows[row]['id']!r} has image {image!r}, which is not among the "
+                    "test images",
+                    hint="Use the annotations of this test set.",
+                )
+            found.append((at, places[image]))
+    return np.array(found, dtype=np.int64) if found else None
 
 
 def _labels(images: Table, numbers: Mapping[str, int], *, of: str) -> Int[np.ndarray, " images"]:

@@ -1,4 +1,4 @@
-"""From what each model did with each test query to results: intervals, spread over seeds, comparisons, regressions.
+"""From what each model did with each test query to results: intervals, spread over seeds, comparisons.
 
 A metric is kept as columns that can be summed over test queries, so that one bootstrap by image serves them all
 (:func:`gmail_cli.components.metrics.intervals.bootstrap_sums`), and so that two models can be compared query by query.
@@ -6,16 +6,17 @@ A metric is kept as columns that can be summed over test queries, so that one bo
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from gmail_cli.components.metrics.intervals import bootstrap_sums, holm, paired_difference, seed_summary
-from gmail_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMA = "gmail.results/1"
 
@@ -97,6 +98,7 @@ class Cell:
         arm: What it was trained on.
         seed: Of its training; None where nothing was trained.
         dual_projection: Whether each flow had its own projection.
+        preprocess: Digest of how its test images were preprocessed.
         scores: Metric name -> scores.
     """
 
@@ -104,12 +106,46 @@ class Cell:
     arm: str
     seed: int | None = None
     dual_projection: bool = False
+    preprocess: str = ""
     scores: Mapping[str, Scores] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """``task.arm``, with ``+dual``; the same for every seed."""
         return f"{self.task}.{self.arm}{'+dual' * self.dual_projection}"
+
+
+def to_parquet(scores: Mapping[str, Scores]) -> pa.Table | None:
+    """Every metric that is a mean over queries, query by query: columns ``metric``, ``image`` (a number), ``value``.
+
+    None where there is no such metric. Statistics of sums (BLEU, mean per class) and numbers without queries are left
+    out.
+    """
+    import pyarrow as pa
+
+    kept = {name: each for name, each in scores.items() if each.groups is not None and each.statistic is mean_of}
+    if not kept:
+        return None
+    names = [name for name, each in kept.items() for _ in range(len(each.columns))]
+    images = np.concatenate([each.groups for each in kept.values() if each.groups is not None])
+    return pa.table(
+        {
+            "metric": pa.array(names).dictionary_encode(),
+            "image": pa.array(images.astype(np.int32)),
+            "value": pa.array(np.concatenate([each.values for each in kept.values()])),
+        }
+    )
+
+
+def from_parquet(table: pa.Table) -> dict[str, Scores]:
+    """Inverse of :func:`to_parquet`."""
+    names = np.array(table["metric"].to_pylist())
+    images, values = table["image"].to_numpy(), table["value"].to_numpy()
+    found = {}
+    for name in dict.fromkeys(names.tolist()):
+        of = names == name
+        found[name] = Scores.mean(values[of], groups=images[of])
+    return found
 
 
 def over_seeds(scores: Sequence[Scores]) -> Scores:
@@ -131,7 +167,9 @@ def over_seeds(scores: Sequence[Scores]) -> Scores:
     return Scores(columns=columns, groups=first.groups, statistic=statistic, queries=first.queries)
 
 
-def results(cells: Sequence[Cell], *, protocol: str, draws: int, level: float) -> dict[str, Any]:
+def results(
+    cells: Sequence[Cell], *, protocol: str, draws: int, level: float, test_set: str = "", seed: int = 0
+) -> dict[str, Any]:
     """Everything there is to say of ``cells`` in numbers: a ``gmail.results/1`` document.
 
     Args:
@@ -139,6 +177,8 @@ def results(cells: Sequence[Cell], *, protocol: str, draws: int, level: float) -
         protocol: Name and version of the evaluation protocol, written into every row.
         draws: Bootstrap resamples.
         level: Of the intervals.
+        test_set: Digest of what was tested on.
+        seed: Of the profile.
 
     Returns:
         ``rows`` (one per cell and metric), ``aggregates`` (over seeds), ``comparisons`` (GMAIL's arm against
@@ -161,6 +201,8 @@ def results(cells: Sequence[Cell], *, protocol: str, draws: int, level: float) -
     return {
         "schema": SCHEMA,
         "protocol": protocol,
+        "test_set": test_set,
+        "seed": seed,
         "confidence": level,
         "resamples": draws,
         "rows": rows,
@@ -179,7 +221,7 @@ def _row(cell: Cell, metric: str, scores: Scores, *, draws: int, level: float, p
     low, high = scores.interval(draws=draws, level=level)
     about = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, "dual_projection": cell.dual_projection}
     value = {"metric": metric, "value": scores.value, "low": low, "high": high, "n": scores.queries}
-    return {**about, **value, "protocol": protocol}
+    return {**about, **value, "protocol": protocol, "preprocess": cell.preprocess}
 
 
 def _aggregate(cells: Sequence[Cell], metric: str, *, draws: int, level: float, protocol: str) -> dict[str, Any]:
@@ -200,6 +242,7 @@ def _aggregate(cells: Sequence[Cell], metric: str, *, draws: int, level: float, 
         "seeds": spread.seeds,
         "n": scores.queries,
         "protocol": protocol,
+        "preprocess": cells[0].preprocess,
     }
 
 
@@ -294,62 +337,3 @@ def _shares(groups: _Groups, *, draws: int, level: float, protocol: str) -> list
             means = {"naive": naive.value, "aligned": aligned.value, "real": real.value, "n": naive.queries}
             found.append({**about, **means, **share})
     return found
-
-
-# -- regressions -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fall:
-    """A metric that is worse than in the baseline by more than allowed; ``now`` is None when it is gone."""
-
-    metric: str
-    before: float
-    now: float | None
-    allowed: float
-
-    def __str__(self) -> str:
-        if self.now is None:
-            return f"{self.metric}: {100 * self.before:.2f} -> missing"
-        change = 100 * (self.now - self.before)
-        return (
-            f"{self.metric}: {100 * self.before:.2f} -> {100 * self.now:.2f} ({change:+.2f}, allowed {self.allowed:g})"
-        )
-
-
-def falls(metrics: Mapping[str, float], *, baseline: Mapping[str, float], tolerance: Mapping[str, float]) -> list[Fall]:
-    """The baseline's metrics that became worse by more than their tolerance, or are gone.
-
-    Args:
-        metrics: Full name -> value, as in ``results["metrics"]``.
-        baseline: The same of an earlier run. Measures of the modality gap are compared only when named.
-        tolerance: Metric -> points (hundredths) it may fall by: a full name, the last part of names
-            (``text_to_image_recall_at_1``) or ``all``. The most specific applies; 0 where none does.
-
-    Raises:
-        UsageError: A tolerance names no metric of the baseline, or is negative.
-    """
-    for name, points in tolerance.items():
-        known = {"all", *baseline, *(full.rpartition(".")[2] for full in baseline)}
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Use a name from results.json's metrics, or all."
-            raise UsageError(f"tolerance {name!r} is no metric of the baseline", hint=hint)
-        if not points >= 0:
-            raise UsageError(f"tolerance {name}={points:g} is negative", hint="Give the points it may fall by.")
-    found = []
-    for full, before in sorted(baseline.items()):
-        short = full.rpartition(".")[2]
-        if full.startswith("gap.") and full not in tolerance and short not in tolerance:
-            continue
-        allowed = next((tolerance[name] for name in (full, short, "all") if name in tolerance), 0.0)
-        now = metrics.get(full)
-        sign = -1 if lower_is_better(full) else 1
-        if now is None or sign * (before - now) * 100 > allowed + 1e-7:
-            found.append(Fall(full, before, now, allowed))
-    return found
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value is the better one: distances, and how well real and generated are told apart."""
-    return metric.endswith(("_distance", "_separability"))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, export_folder
+from gmail_cli.components import prompts
 from gmail_cli.components.captions import Dataset
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
@@ -219,6 +220,8 @@ def _key(profile: Profile, test: Dataset, given: Mapping[str, str]) -> StageKey:
     inputs = {**given, "data": test.fingerprint}
     if not test.class_names:
         del chosen["templates"]
+    else:
+        chosen["templates"] = list(prompts.templates(embed.templates))
     if "generated" in given and embed.gap_count:
         inputs["partners"] = _read_partners(profile).fingerprint
         chosen["held_out"] = profile.align.validation if "aligned" in given else 0.0
@@ -468,14 +471,10 @@ class _Plan:
 
         if captions:
             yield _Set(name=f"test-texts{suffix}", count=len(captions), row=row, clip=clip, space=space)
-        prompts = [
-            {"id": f"{label}/{number}", "label": label, "text": template.replace("{}", label)}
-            for label in self.test.class_names
-            for number, template in enumerate(self.profile.embed.templates)
-        ]
-        if prompts:
+        classes = prompts.rows(self.test, self.profile.embed.templates)
+        if classes:
             yield _Set(
-                name=f"test-classes{suffix}", count=len(prompts), row=prompts.__getitem__, clip=clip, space=space
+                name=f"test-classes{suffix}", count=len(classes), row=classes.__getitem__, clip=clip, space=space
             )
 
     def _cell(self, row: Mapping[str, Any], *, shared: str) -> Iterator[_Set]:

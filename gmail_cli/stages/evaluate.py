@@ -1,13 +1,12 @@
 """``gmail eval``: every trained model on real test images, against its rivals, with intervals and a report.
 
 All models are tested on the same real images through f_r. What a model did with each query is kept (``ranks/``,
-``predictions/``), so that any later question about the numbers can be answered from the artifact.
+``queries/``, ``predictions/``), so that any later question about the numbers can be answered from the artifact.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
-from gmail_cli.components import measure, report
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, digest_of
+from gmail_cli.components import exchange, gate, measure, protocols, report
 from gmail_cli.components import scores as scoring
 from gmail_cli.components.captions import Dataset, check_disjoint
 from gmail_cli.components.images import GeneratedSet
@@ -26,11 +25,11 @@ from gmail_cli.components.metrics.retrieval import RetrievalRanks
 from gmail_cli.components.report import gallery
 from gmail_cli.components.scores import Cell
 from gmail_cli.components.tables import Table
-from gmail_cli.errors import GmailError, InputError, RegressionError
+from gmail_cli.errors import GmailError, InputError
 from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
 
-VERSION = 1
+VERSION = 2
 RESULTS = "results.json"
 IMAGES, TEXTS, CLASSES = "test-images", "test-texts", "test-classes"
 GAP_REAL = "gap-real"
@@ -54,10 +53,12 @@ def plan_key(
 ) -> StageKey:
     """What `run` would make from the artifacts with these digests."""
     inputs = {"embeddings": embeddings, "train": train, "aligned": aligned, "generated": generated, "index": index}
+    if profile.eval.extra_positives:
+        inputs["extra_positives"] = digest_of(_extra_positives(profile))
     return StageKey(
         stage="eval",
         version=VERSION,
-        settings=settings(profile.eval),
+        settings={name: value for name, value in settings(profile.eval).items() if name != "extra_positives"},
         inputs={name: digest for name, digest in inputs.items() if digest is not None},
         seed=profile.seed,
     )
@@ -87,8 +88,8 @@ def run(
         progress: Called with (models done, models in all).
 
     Returns:
-        The artifact: ``results.json`` (``gmail.results/1``), ``report.html``, ``report.md``, ``ranks/*.npy`` and
-        ``predictions/*.json``. Its summary has the ``verdict``.
+        The artifact: ``results.json`` (``gmail.results/1``), ``report.html``, ``report.md``, ``ranks/*.npy``,
+        ``queries/*.parquet`` and ``predictions/*.json``. Its summary has the ``verdict``.
 
     Raises:
         InputError: Tables that do not fit each other, or training data that hold test data.
@@ -107,10 +108,17 @@ def run(
             if progress:
                 progress(done, len(models))
             cells.append(work.measure(model))
+            work.keep(model, cells[-1])
         cells += work.gap()
         results = scoring.results(
-            cells, protocol=work.origins["protocol"], draws=profile.eval.resamples, level=profile.eval.confidence
+            cells,
+            protocol=work.origins["protocol"],
+            draws=profile.eval.resamples,
+            level=profile.eval.confidence,
+            test_set=work.test_set_digest(),
+            seed=profile.seed,
         )
+        results |= {"cells": work.kept, **({"zero_shot": work.zero_shot} if work.zero_shot else {})}
         slot.write_json(RESULTS, results)
         shown = work.shown(results)
         slot.write_text("report.html", report.html(shown))
@@ -123,33 +131,9 @@ def run(
         )
 
 
-def check_baseline(artifact: Artifact, baseline: Path, *, tolerance: Mapping[str, float]) -> None:
-    """Compare an eval artifact with the ``results.json`` of an earlier one.
-
-    Args:
-        artifact: What ``run`` made.
-        baseline: A ``results.json``, or an eval artifact's folder.
-        tolerance: Metric -> points it may fall by (see :func:`gmail_cli.components.scores.falls`).
-
-    Raises:
-        InputError: The baseline cannot be read, or was measured with another protocol.
-        RegressionError: A metric fell by more than allowed; names each.
-        UsageError: A tolerance names no metric.
-    """
-    before = read_baseline(baseline)
-    now = artifact.read_json(RESULTS)
-    if before["protocol"] != now["protocol"]:
-        raise InputError(
-            f"the baseline was measured with protocol {before['protocol']!r}, this evaluation with {now['protocol']!r}",
-            hint="Compare results of one protocol (data.protocol).",
-        )
-    found = scoring.falls(now["metrics"], baseline=before["metrics"], tolerance=tolerance)
-    if found:
-        lines = "".join(f"\n  {fall}" for fall in found)
-        raise RegressionError(
-            f"{len(found)} of {len(before['metrics'])} metrics fell below {baseline}:{lines}",
-            hint="Allow a fall with --tolerance METRIC=POINTS, or find what changed (gmail eval --dry-run).",
-        )
+def _extra_positives(profile: Profile) -> dict[str, list[str]] | None:
+    named = profile.eval.extra_positives
+    return exchange.read_extra_positives(Path(named)) if named else None
 
 
 def read_baseline(baseline: Path) -> dict[str, Any]:
@@ -159,16 +143,23 @@ def read_baseline(baseline: Path) -> dict[str, Any]:
         InputError: It cannot be read, or is something else.
     """
     file = baseline / RESULTS if baseline.is_dir() else baseline
-    hint = "Give the results.json of an eval."
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the baseline {file}: {error.strerror}", hint=hint) from error
-    except ValueError as error:
-        raise InputError(f"the baseline {file} is not JSON: {error}", hint=hint) from error
-    if not isinstance(found, dict) or found.get("schema") != scoring.SCHEMA:
-        raise InputError(f"{file} is not a {scoring.SCHEMA} document", hint=hint)
-    return found
+    return gate.read(file, schema=scoring.SCHEMA, hint="Give the results.json of an eval.")
+
+
+def comparable_metrics(artifact: Artifact, *, baseline: Mapping[str, Any], file: Path) -> dict[str, float]:
+    """The metrics of an evaluation, to hold against a baseline.
+
+    Args:
+        artifact: What ``run`` made.
+        baseline: What ``read_baseline`` read from ``file``.
+        file: For the message.
+
+    Raises:
+        InputError: The baseline was measured with another protocol or on another test set.
+    """
+    now = artifact.read_json(RESULTS)
+    gate.require_same(now, baseline=baseline, file=file, keys=("protocol", "test_set"))
+    return dict(now["metrics"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +202,8 @@ class _Work:
         self._check_flow()
         self.generated = GeneratedSet.load(inputs["generated"].path) if "generated" in inputs else None
         self.seen = _Seen()
+        self.kept: list[dict[str, Any]] = []
+        self.zero_shot: dict[str, Any] = {}
         self.test = self._test_set()
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -314,8 +307,25 @@ class _Work:
             arm=model.arm,
             seed=model.seed,
             dual_projection=model.dual_projection,
+            preprocess=self._images(model).header.preprocess,
             scores=_MEASURES[model.task](self, model),
         )
+
+    def keep(self, model: _Model, cell: Cell) -> None:
+        """Keep what the model did with each query, for `gmail compare`."""
+        rows = scoring.to_parquet(cell.scores)
+        if rows is None:
+            return
+        name = f"queries/{model.name}.parquet"
+        self.slot.write_parquet(name, rows)
+        about = {"task": model.task, "arm": model.arm, "seed": model.seed, "dual_projection": model.dual_projection}
+        self.kept.append({**about, "queries": name})
+
+    def test_set_digest(self) -> str:
+        """SHA-256 over ids, labels and texts of the test set, in order: which queries there were, and which answers."""
+        images = [(row["id"], row.get("label")) for row in self.tables[IMAGES].rows]
+        texts = self.tables[TEXTS].rows if TEXTS in self.tables else []
+        return digest_of([images, [(row["id"], row["owner"], row["text"], row.get("kind")) for row in texts]])
 
     def _table(self, name: str, model: _Model) -> Table | None:
         """The table a model made, else (for arm ``none`` and where the model left the tower alone) CLIP's own."""
@@ -338,7 +348,15 @@ class _Work:
             self._note("Retrieval left out: the captions name classes, so none of them belongs to one image alone.")
             found = measure.Retrieval({})
         else:
-            found = measure.retrieval(images, texts=texts, ks=chosen.recall_at, true_recall=chosen.true_recall)
+            protocol = protocols.find(self.origins["protocol"])
+            found = measure.retrieval(
+                images,
+                texts=texts,
+                ks=chosen.recall_at,
+                true_recall=chosen.true_recall,
+                folds=protocol.folds if protocol else 1,
+                extra_positives=_extra_positives(self.profile),
+            )
         for kind, ranks in found.ranks.items():
             for direction in measure.DIRECTIONS:
                 name = f"ranks/{model.name}.{kind}.{direction}.npy"
@@ -349,6 +367,7 @@ class _Work:
         scores = dict(found.scores)
         if prompts is not None:
             more, classified = measure.zero_shot(images, prompts=prompts)
+            self.zero_shot = _prompts_used(prompts)
             scores |= more
             self._remember("Zero-shot accuracy", model, classified)
         return scores
@@ -414,7 +433,15 @@ class _Work:
         used = measure.gap_rows(there[0][1])
         kept = "held out of alignment" if rows[used[0]].get("held_out") else "of the training set"
         self._note(f"The modality gap is measured on {len(used):,} pairs {kept}.")
-        return [Cell(task="gap", arm=arm, scores=measure.modality_gap(real, generated=table)) for arm, table in there]
+        return [
+            Cell(
+                task="gap",
+                arm=arm,
+                preprocess=real.header.preprocess,
+                scores=measure.modality_gap(real, generated=table),
+            )
+            for arm, table in there
+        ]
 
     # -- report ----------------------------------------------------------------------------------------------------
 
@@ -523,6 +550,12 @@ class _Work:
         )
         versions = self.inputs["embeddings"].manifest["versions"]
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _prompts_used(prompts: Table) -> dict[str, Any]:
+    """How many classes and prompts, and the SHA-256 of (label, prompt) in order: zero-shot accuracy depends on them."""
+    used = [(row["label"], row.get("text")) for row in prompts.rows]
+    return {"classes": len({label for label, _ in used}), "prompts": len(used), "digest": digest_of(used)}
 
 
 _MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = {

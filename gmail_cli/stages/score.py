@@ -6,6 +6,7 @@ with others. Intervals are percentile intervals of a bootstrap by image.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from gmail_cli.components import exchange, measure
+from gmail_cli.components import exchange, gate, measure, protocols
+from gmail_cli.components import questions as question_sets
+from gmail_cli.components.metrics import classification as classifying
 from gmail_cli.components.metrics import gap as gaps
+from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
 from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
-from gmail_cli.components.metrics.retrieval import KS, retrieval_ranks
+from gmail_cli.components.metrics.retrieval import KS, check_owners, retrieval_ranks, retrieval_ranks_in_folds
 from gmail_cli.components.scores import Scores
-from gmail_cli.errors import InputError
+from gmail_cli.errors import InputError, UsageError
 
 SCHEMA = "gmail.score/1"
 CONFIDENCE = 0.95
@@ -75,6 +79,38 @@ class Scored:
         }
 
 
+def read_baseline(file: Path) -> dict[str, Any]:
+    """What an earlier command printed with ``--json``.
+
+    Raises:
+        InputError: It cannot be read, or is something else.
+    """
+    return gate.read(file, schema=SCHEMA, hint="Give what the same gmail score command printed with --json.")
+
+
+def comparable_metrics(found: Scored, *, baseline: Mapping[str, Any], file: Path) -> dict[str, float]:
+    """The metrics found, to hold against a baseline.
+
+    Args:
+        found: The result to judge.
+        baseline: What ``read_baseline`` read from ``file``.
+        file: For the message.
+
+    Raises:
+        InputError: The baseline was measured in another way: protocol, counts, or a setting that is a choice.
+    """
+    now = {**found.document(), **_choices(found.settings)}
+    before = {**baseline, **_choices(baseline.get("settings", {}))}
+    gate.require_same(now, baseline=before, file=file, keys=("protocol", "n", *_choices(found.settings)))
+    return found.metrics
+
+
+def _choices(settings: Any) -> dict[str, str | int]:
+    """Settings that say how something was measured; floats and ranges describe the data, and encoders differ in dim."""
+    pairs = settings.items() if isinstance(settings, Mapping) else ()
+    return {name: value for name, value in pairs if isinstance(value, str | int) and name != "dim"}
+
+
 def captions(references: Path, *, results: Path, meteor: Literal["auto", "on", "off"] = "auto") -> Scored:
     """BLEU, METEOR, ROUGE-L and CIDEr of one caption per image, as the COCO evaluation defines them.
 
@@ -117,7 +153,14 @@ def captions(references: Path, *, results: Path, meteor: Literal["auto", "on", "
 
 
 def retrieval(
-    images: Path, *, texts: Path, owners: Path, true_recall: bool = False, progress: Progress | None = None
+    images: Path,
+    *,
+    texts: Path,
+    owners: Path,
+    extra_positives: Path | None = None,
+    protocol: str | None = None,
+    true_recall: bool = False,
+    progress: Progress | None = None,
 ) -> Scored:
     """Text-to-image and image-to-text retrieval by cosine, exact, with ties at their expectation.
 
@@ -125,22 +168,44 @@ def retrieval(
         images: ``.npy``, one row per image.
         texts: ``.npy``, one row per text.
         owners: ``.npy`` of integers: for each text the row of its image.
+        extra_positives: ``.npy`` of integers [pairs, 2]: further right (text row, image row) pairs, as ECCV Caption and
+            CxC have; adds mAP@R and R-precision.
+        protocol: A known protocol that the files must fit, and whose rule is applied.
         true_recall: Also the share of all right answers among the first k.
+        progress: Called with (tiles done, tiles in all).
 
     Raises:
-        InputError: A file is unreadable or bad, a row has length zero, or the three do not fit each other.
+        InputError: A file is unreadable or bad, a row has length zero, or they do not fit each other or the protocol.
+        UsageError: There is no such protocol, or there are extra right answers as well.
     """
     image_rows, text_rows = exchange.read_features(images), exchange.read_features(texts)
     _same_dimension(image_rows, text_rows, images, texts)
     lengths = {"images": exchange.norm_range(image_rows), "texts": exchange.norm_range(text_rows)}
-    ranks = retrieval_ranks(
-        exchange.unit_rows(image_rows, name=str(images)),
-        texts=exchange.unit_rows(text_rows, name=str(texts)),
-        owners=exchange.read_array(owners),
-        all_positives=true_recall,
-        progress=progress,
-    )
-    scores = measure.ranked(ranks, ks=KS, true_recall=true_recall)
+    of_image = exchange.read_array(owners)
+    extra = None if extra_positives is None else exchange.read_array(extra_positives)
+    rule = None if protocol is None else _protocol(protocol)
+    image_units = exchange.unit_rows(image_rows, name=str(images))
+    text_units = exchange.unit_rows(text_rows, name=str(texts))
+    if rule is not None:
+        if extra is not None:  # they name rows of files that the protocol's rule may cut
+            raise UsageError(f"protocol {rule.label} goes without extra positives", hint="Leave one of them out.")
+        check_owners(of_image, texts=len(text_rows), images=len(image_rows))
+        ids = [f"row {row}" for row in range(len(image_rows))]
+        kept = rule.rows(of_image.tolist(), ids=ids, source=str(owners))
+        text_units, of_image = text_units[kept], of_image[kept]
+        ranks = retrieval_ranks_in_folds(
+            image_units, texts=text_units, owners=of_image, folds=rule.folds, all_positives=true_recall
+        )
+    else:
+        ranks = retrieval_ranks(
+            image_units,
+            texts=text_units,
+            owners=of_image,
+            extra_positives=extra,
+            all_positives=true_recall or extra is not None,
+            progress=progress,
+        )
+    scores = measure.ranked(ranks, ks=KS, true_recall=true_recall, extra_positives=extra)
     for direction in measure.DIRECTIONS:
         one = getattr(ranks, direction)
         scores[f"{direction}_mean_rank"] = Scores.mean(one.expected_rank(), groups=one.image)
@@ -152,12 +217,13 @@ def retrieval(
             f"{ranks.images_without_captions} images have no text: they are candidates for texts, and no queries"
         )
     return Scored(
-        protocol="score-retrieval/1",
+        protocol=rule.label if rule else "score-retrieval/1",
         n={
             "images": len(image_rows),
-            "texts": len(text_rows),
+            "texts": len(text_units),
             "image_queries": len(ranks.image_to_text.query),
             "images_without_text": ranks.images_without_captions,
+            **({"positives": int(ranks.text_to_image.positives.sum())} if extra is not None else {}),
         },
         metrics=_values(scores),
         intervals=_intervals(scores),
@@ -167,8 +233,147 @@ def retrieval(
             "dim": image_rows.shape[1],
             "hit": "any right answer among the first k",
             "ties": "expectation under random order",
+            **({"protocol": rule.about, "folds": rule.folds} if rule else {}),
         },
         notes=tuple(notes),
+    )
+
+
+def questions(path: Path, *, predictions: Path, split: str = "test") -> Scored:
+    """Accuracy on ScienceQA or MMMU of what a model wrote.
+
+    Args:
+        path: ScienceQA's folder, or MMMU's Parquet files.
+        predictions: The model's responses.
+        split: Of ScienceQA.
+
+    Raises:
+        InputError: A file is unreadable or bad, or the two are not of the same questions.
+    """
+    asked = question_sets.read_questions(path, split=split)
+    given = question_sets.read_responses(predictions, questions=asked)
+    marks = [asked.mark(question, given[question.id]) for question in asked.questions]
+    right = np.array([mark for mark, _ in marks])
+    names = list(dict.fromkeys(group for question in asked.questions for group in question.groups))
+    scores = {"accuracy": Scores.mean(right, groups=np.arange(len(right)))}
+    for name in names:
+        of = np.flatnonzero([name in question.groups for question in asked.questions])
+        scores[f"{name}_accuracy"] = Scores.mean(right[of], groups=of)
+    named = float(np.mean([named for _, named in marks]))
+    rules = {
+        "scienceqa": "a letter alone or first, or after 'The answer is'; wrong where none is found",
+        "mmmu": "the last option named, by letter or text; where none is found, the chance of a guess",
+    }
+    return Scored(
+        protocol=f"score-{asked.benchmark}/1",
+        n={"questions": len(right), **{name: sum(name in each.groups for each in asked.questions) for name in names}},
+        metrics={**_values(scores), "answered_share": named},
+        intervals=_intervals(scores),
+        settings={"extraction": rules[asked.benchmark]},
+        notes=(f"{round((1 - named) * len(right))} responses name no option",) if named < 1 else (),
+    )
+
+
+def clipscore(images: Path, *, captions: Path, references: Path | None = None, owners: Path | None = None) -> Scored:
+    """CLIPScore of captions, and RefCLIPScore with references, from embeddings by one CLIP.
+
+    Args:
+        images: ``.npy``, one row per image.
+        captions: ``.npy``, the caption of each image.
+        references: ``.npy``, reference captions.
+        owners: ``.npy`` of integers: for each reference the row of its image.
+
+    Raises:
+        InputError: A file is unreadable or bad, a row has length zero, or they do not fit each other.
+        UsageError: References without owners, or the reverse.
+    """
+    if (references is None) != (owners is None):
+        raise UsageError("references and owners go together", hint="Give both --references and --owners, or neither.")
+    image_rows, caption_rows = exchange.read_features(images), exchange.read_features(captions)
+    _same_dimension(image_rows, caption_rows, images, captions)
+    pictures = exchange.unit_rows(image_rows, name=str(images))
+    texts = exchange.unit_rows(caption_rows, name=str(captions))
+    found = clip_score(pictures, captions=texts)
+    rows = np.arange(len(found))
+    scores = {"clip_score": Scores.mean(found, groups=rows)}
+    n = {"images": len(found)}
+    if references is not None and owners is not None:
+        reference_rows = exchange.read_features(references)
+        _same_dimension(image_rows, reference_rows, images, references)
+        of_image = check_owners(exchange.read_array(owners), texts=len(reference_rows), images=len(found))
+        truths = exchange.unit_rows(reference_rows, name=str(references))
+        both = reference_clip_score(found, captions=texts, references=truths, owners=of_image)
+        scores["ref_clip_score"] = Scores.mean(both, groups=rows)
+        n["references"] = len(truths)
+    return Scored(
+        protocol="score-clipscore/1",
+        n=n,
+        metrics=_values(scores),
+        intervals=_intervals(scores),
+        settings={"dim": image_rows.shape[1], "clip_score": "2.5 max(cos, 0)", "ref_clip_score": "harmonic mean"},
+        left_out={} if references is not None else {"ref_clip_score": "no references given"},
+        notes=("published scores use CLIP ViT-B/32 and put 'A photo depicts ' before every caption and reference",),
+    )
+
+
+def classification(
+    train: Path,
+    *,
+    train_labels: Path,
+    test: Path,
+    test_labels: Path,
+    neighbours: int = 20,
+    strength: float = 1.0,
+) -> Scored:
+    """Classify test features by their nearest training features, the nearest class mean and a linear probe.
+
+    Args:
+        train: ``.npy`` of features, one row per image; rows are normalised.
+        train_labels: ``.npy`` of integers from 0, the class of each row.
+        test: The same of the test images, by the same encoder.
+        test_labels: Their classes; each must be among the training classes.
+        neighbours: Votes of k-NN.
+        strength: C of the probe.
+
+    Raises:
+        InputError: A file is unreadable or bad, or they do not fit each other.
+    """
+    train_rows, test_rows = exchange.read_features(train), exchange.read_features(test)
+    _same_dimension(train_rows, test_rows, train, test)
+    known, asked = exchange.read_array(train_labels), exchange.read_array(test_labels)
+    if known.dtype.kind not in "iu" or known.ndim != 1 or not len(known) or known.min() < 0:
+        raise InputError(f"{train_labels} holds no class numbers from 0", hint="Give one integer per row.")
+    names, numbers = np.unique(known, return_inverse=True)
+    unknown = np.setdiff1d(asked, names)
+    if len(unknown):
+        hint = "Every class of the test set must be trained on."
+        raise InputError(f"{test_labels} has class {unknown[0]}, which {train_labels} lacks", hint=hint)
+    labels = np.searchsorted(names, asked)
+    a, b = exchange.unit_rows(train_rows, name=str(train)), exchange.unit_rows(test_rows, name=str(test))
+    classes = len(names)
+    means = classifying.centroids(a, labels=numbers, classes=classes)
+    weights = classifying.linear_probe(a, labels=numbers, classes=classes, strength=strength)
+    by = {
+        "nearest_neighbour_": classifying.neighbour_scores(
+            b, references=a, labels=numbers, classes=classes, k=neighbours
+        ),
+        "nearest_mean_": classifying.centroid_scores(b, centroids=means),
+        "linear_probe_": classifying.probe_scores(b, weights=weights),
+    }
+    scores: dict[str, Scores] = {}
+    for prefix, each in by.items():
+        scores |= measure.classified(classifying.classify(each, labels=labels), prefix=prefix)
+    return Scored(
+        protocol="score-classification/1",
+        n={"train": len(a), "test": len(b), "classes": classes},
+        metrics=_values(scores),
+        intervals=_intervals(scores),
+        settings={
+            "dim": a.shape[1],
+            "neighbours": neighbours,
+            "linear_probe": f"logistic regression, C = {strength:g}, on unit rows",
+            "ties": "expectation under random order",
+        },
     )
 
 
@@ -281,6 +486,15 @@ def gap(real: Path, *, generated: Path) -> Scored:
         left_out=left_out,
         notes=tuple(notes),
     )
+
+
+def _protocol(name: str) -> protocols.Protocol:
+    found = protocols.find(name)
+    if found is None:
+        near = difflib.get_close_matches(name, protocols.REGISTRY, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(protocols.REGISTRY)}."
+        raise UsageError(f"there is no protocol {name!r}", hint=hint)
+    return found
 
 
 def _values(scores: Mapping[str, Scores]) -> dict[str, float]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact
-from gmail_cli.components import captions
+from gmail_cli.components import captions, prompts, protocols
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.tables import Table
+from gmail_cli.errors import UsageError
 from gmail_cli.profile import Profile, settings
 
 SPLIT_SEED = 0
@@ -17,8 +18,23 @@ seed would be tested on its own training images under another."""
 
 
 def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any]:
-    """Arguments of :func:`gmail_cli.components.captions.read` for the training or test set, JSON-able."""
+    """Arguments of :func:`read` for the training or test set, JSON-able.
+
+    Raises:
+        UsageError: ``data.protocol`` names a version that there is not, or is limited to fewer images than it demands.
+    """
     data = profile.data
+    protocol = protocols.find(data.protocol)
+    if protocol is not None and 0 < data.test_limit < protocol.images:
+        raise UsageError(
+            f"data.test_limit is {data.test_limit}, and protocol {protocol.label} is of {protocol.images:,} images",
+            hint='Leave the limit out, or the protocol: --set data.protocol="".',
+        )
+    only_test: dict[str, Any] = {}
+    if part == "test" and protocol is not None:
+        only_test = {"protocol": protocol.label, "kind": protocol.kind}
+    if part == "test" and data.class_names:
+        only_test["class_names"] = data.class_names
     return {
         "source": getattr(data, part),
         "images": getattr(data, f"{part}_images") or None,
@@ -29,24 +45,35 @@ def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any
         "on_bad": data.on_bad,
         "scene_seed": data.scene_seed,
         "scene_size": data.scene_size,
+        **only_test,
     }
 
 
 def read(source: dict[str, Any]) -> Dataset:
-    """Read the set that :func:`source` described."""
+    """Read the set that :func:`source` described; a test set gets its class names and is cut to its protocol.
+
+    Raises:
+        InputError, UsageError: As :func:`gmail_cli.components.captions.read`; also when it is not the protocol's set.
+    """
     holdout = tuple(source["holdout"]) if source["holdout"] else None
-    return captions.read(**{**source, "holdout": holdout})
+    protocol = protocols.find(source.get("protocol", ""))
+    given = {name: value for name, value in source.items() if name not in ("protocol", "class_names")}
+    dataset = captions.read(**{**given, "holdout": holdout})
+    if source.get("class_names"):
+        dataset = prompts.name_classes(dataset, source["class_names"])
+    return protocol.apply(dataset) if protocol is not None else dataset
 
 
 def origins(profile: Profile) -> dict[str, Any]:
     """What an embed artifact says of itself: where its sets lie, the model, the protocol. Index and eval read it, so
     that they describe what was embedded whatever profile they are called with."""
     data = profile.data
+    protocol = protocols.find(data.protocol)
     return {
         "train": source(profile, part="train"),
         "test": source(profile, part="test"),
         "model": settings(profile.model),
-        "protocol": data.protocol or f"{Path(data.test).name}/unversioned",
+        "protocol": protocol.label if protocol else data.protocol or f"{Path(data.test).name}/unversioned",
     }
 
 

@@ -53,6 +53,7 @@ class Dataset:
         images: In the order of the source.
         captions: Grouped by image, in the order of ``images``.
         class_names: The classes ``Image.label`` may name.
+        class_texts: What prompts call them, in the same order, where labels are no words.
         sources: For each image where its bytes lie; None for an image known by its captions only.
         skipped: One message for each bad record that was left out.
     """
@@ -63,6 +64,7 @@ class Dataset:
     class_names: tuple[str, ...]
     sources: tuple[ImageSource | None, ...] = field(repr=False)
     skipped: tuple[str, ...] = ()
+    class_texts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of images."""
@@ -133,6 +135,8 @@ class Dataset:
 
     def _rows(self) -> Iterable[tuple[str | None, ...]]:
         yield ("classes", *self.class_names)
+        if self.class_texts:
+            yield ("class texts", *self.class_texts)
         for image, identity in zip(self.images, self.image_identities, strict=True):
             yield ("image", image.id, image.label, identity)
         for caption in self.captions:

@@ -143,6 +143,59 @@ def neighbour_scores(
     return votes
 
 
+def linear_probe(
+    vectors: Float[np.ndarray, "samples dim"],
+    *,
+    labels: Int[np.ndarray, " samples"],
+    classes: int,
+    strength: float,
+    iterations: int = 1000,
+) -> Float[np.ndarray, "classes columns"]:
+    """Weights and, as last column, biases of a multinomial logistic regression (CLIP, 2021, section 3.2).
+
+    Minimises the summed cross-entropy plus ``|W|^2 / (2 strength)``, with free biases, by L-BFGS from zero: the
+    objective of scikit-learn's ``LogisticRegression(C=strength)``.
+
+    Args:
+        vectors: Samples; unit rows make one ``strength`` fit many encoders.
+        labels: Class of each sample.
+        classes: How many there are.
+        strength: Greater fits the samples more closely.
+        iterations: At most.
+
+    Raises:
+        InputError: If the shapes do not fit or a label is out of range.
+    """
+    from scipy.optimize import minimize
+
+    labels = _check_labels(labels, len(vectors), classes)
+    inputs = np.concatenate([np.asarray(vectors, np.float64), np.ones((len(vectors), 1))], axis=1)
+    target = np.zeros((len(vectors), classes))
+    target[np.arange(len(vectors)), labels] = 1
+
+    def objective(flat: Float[np.ndarray, " weights"]) -> tuple[float, Float[np.ndarray, " weights"]]:
+        weights = flat.reshape(classes, -1)
+        logits = inputs @ weights.T
+        logits -= logits.max(axis=1, keepdims=True)
+        exponentials = np.exp(logits)
+        sums = exponentials.sum(axis=1, keepdims=True)
+        penalised = weights * np.append(np.ones(weights.shape[1] - 1), 0)
+        loss = (np.log(sums[:, 0]) - logits[np.arange(len(labels)), labels]).sum()
+        gradient = (exponentials / sums - target).T @ inputs + penalised / strength
+        return float(loss + np.square(penalised).sum() / (2 * strength)), gradient.reshape(-1)
+
+    start = np.zeros(classes * inputs.shape[1])
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "gtol": 1e-6})
+    return np.asarray(found.x).reshape(classes, -1)
+
+
+def probe_scores(
+    vectors: Float[np.ndarray, "samples dim"], *, weights: Float[np.ndarray, "classes columns"]
+) -> Float[np.ndarray, "samples classes"]:
+    """Logits of a :func:`linear_probe`."""
+    return np.asarray(vectors, np.float64) @ weights[:, :-1].T + weights[:, -1]
+
+
 def zero_shot(
     vectors: Float[np.ndarray, "samples dim"],
     *,

@@ -70,19 +70,55 @@ class Ranks:
             miss[with_j] *= np.maximum(others - slots[with_j], 0) / others
         return np.where(slots > 0, 1.0 - miss, 0.0)
 
-    def true_recall(self, k: int) -> Float[np.ndarray, " q"]:
-        """Expected share, per query, of its positives among the top ``k``.
+    def true_recall(self, k: int | Int[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
+        """Expected share, per query, of its positives among the top ``k`` (one number, or one for each query).
 
         Raises:
             UsageError: If the ranks were computed without ``all_positives=True``.
         """
+        query, greater, tied = self._pairs()
+        places = _positive_k(k) if isinstance(k, int) else k[query]
+        found = np.clip((places - greater) / tied, 0.0, 1.0)
+        return np.bincount(query, weights=found, minlength=len(self.query)) / self.positives
+
+    def r_precision(self) -> Float[np.ndarray, " q"]:
+        """Expected share, per query with R positives, of positives among its top R (ECCV Caption, 2022).
+
+        Raises:
+            UsageError: As :meth:`true_recall`.
+        """
+        return self.true_recall(self.positives)
+
+    def average_precision_at_r(self) -> Float[np.ndarray, " q"]:
+        """mAP@R per query (Musgrave et al. 2020; ECCV Caption, 2022): 1/R times the sum, over the positives among the
+        top R, of the precision at their places.
+
+        Ties at their expectation. In a group of ``m`` positives and ``e`` others that starts at place ``g + 1`` after
+        ``p`` positives, place ``g + s`` holds a positive with probability ``m / (m + e)``, and then
+        ``(s - 1) (m - 1) / (m + e - 1)`` of those before it in the group are positives.
+
+        Raises:
+            UsageError: As :meth:`true_recall`.
+        """
+        query, greater, tied = self._pairs()
+        groups, members = np.unique(np.stack([query, greater, tied], axis=1), axis=0, return_counts=True)
+        total = np.zeros(len(self.query))
+        first = np.searchsorted(groups[:, 0], groups[:, 0])
+        before = np.cumsum(members) - members
+        before -= before[first]
+        for (row, g, size), m, p in zip(groups.tolist(), members.tolist(), before.tolist(), strict=True):
+            s = np.arange(1, min(size, int(self.positives[row]) - g) + 1)
+            precision = (p + 1 + (s - 1) * ((m - 1) / max(size - 1, 1))) / (g + s)
+            total[row] += m / size * precision.sum()
+        return total / self.positives
+
+    def _pairs(self) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
         if self.pair_query is None or self.pair_greater is None or self.pair_tied is None:
             raise UsageError(
-                "true recall needs the rank of every positive, and only the best ones were ranked",
+                "this metric needs the rank of every positive, and only the best ones were ranked",
                 hint="Call retrieval_ranks(..., all_positives=True).",
             )
-        found = np.clip((_positive_k(k) - self.pair_greater) / self.pair_tied, 0.0, 1.0)
-        return np.bincount(self.pair_query, weights=found, minlength=len(self.query)) / self.positives
+        return self.pair_query, self.pair_greater, self.pair_tied
 
     def expected_rank(self) -> Float[np.ndarray, " q"]:
         """Expected rank (from 1) of the best-placed positive: ``g + (m + e + 1) / (m + 1)``."""
@@ -187,10 +223,15 @@ def retrieval_ranks(
             f"image embeddings have {images.shape[1]} dimensions, text embeddings {texts.shape[1]}",
             hint="Embed both with the same model.",
         )
-    owners = _check_rows("owners", owners, shape=(len(texts),), limit=len(images))
+    owners = check_owners(owners, texts=len(texts), images=len(images))
     pair_text, pair_image = np.arange(len(texts)), owners
     if extra_positives is not None:
         extra = np.asarray(extra_positives)
+        if extra.ndim != 2 or extra.shape[1] != 2:
+            raise InputError(
+                f"extra_positives has shape {extra.shape}; expected one (text row, image row) pair a row",
+                hint="Give an integer array of two columns.",
+            )
         extra_text = _check_rows("extra_positives texts", extra[..., 0], shape=(len(extra),), limit=len(texts))
         extra_image = _check_rows("extra_positives images", extra[..., 1], shape=(len(extra),), limit=len(images))
         both = np.concatenate([pair_text * len(images) + pair_image, extra_text * len(images) + extra_image])
@@ -218,6 +259,78 @@ def retrieval_ranks(
         text_to_image=text_to_image,
         image_to_text=image_to_text,
         images_without_captions=len(images) - len(image_to_text.query),
+    )
+
+
+def retrieval_ranks_in_folds(
+    images: Float[np.ndarray, "images dim"],
+    *,
+    texts: Float[np.ndarray, "texts dim"],
+    owners: Int[np.ndarray, " texts"],
+    folds: int,
+    extra_positives: Int[np.ndarray, "pairs 2"] | None = None,
+    all_positives: bool = False,
+) -> RetrievalRanks:
+    """Rank within blocks of consecutive images and their texts, as "COCO 1k, 5 folds" does; all queries together.
+
+    With equal folds the mean over all queries is the mean over folds. ``candidates`` is that of the first fold.
+
+    Args:
+        images: As :func:`retrieval_ranks`.
+        texts: As :func:`retrieval_ranks`.
+        owners: As :func:`retrieval_ranks`.
+        folds: How many; they must divide the images.
+        extra_positives: As :func:`retrieval_ranks`; only with one fold.
+        all_positives: As :func:`retrieval_ranks`.
+
+    Raises:
+        InputError: As :func:`retrieval_ranks`; also when the folds do not divide the images.
+        UsageError: Extra positives in folds.
+    """
+    if folds == 1:
+        return retrieval_ranks(
+            images, texts=texts, owners=owners, extra_positives=extra_positives, all_positives=all_positives
+        )
+    if extra_positives is not None:
+        raise UsageError(f"extra positives do not go with {folds} folds", hint="Use a protocol without folds.")
+    size, rest = divmod(len(images), folds)
+    if rest or not size:
+        raise InputError(f"{len(images)} images are no {folds} equal folds", hint="Give the protocol's whole set.")
+    owners = check_owners(owners, texts=len(texts), images=len(images))
+    parts = []
+    for start in range(0, len(images), size):
+        rows = np.flatnonzero((owners >= start) & (owners < start + size))
+        block = images[start : start + size]
+        ranks = retrieval_ranks(block, texts=texts[rows], owners=owners[rows] - start, all_positives=all_positives)
+        parts.append((ranks, rows, np.arange(start, start + size)))
+    return RetrievalRanks(
+        text_to_image=_joined([(part.text_to_image, rows, at) for part, rows, at in parts]),
+        image_to_text=_joined([(part.image_to_text, at, at) for part, _, at in parts]),
+        images_without_captions=sum(part.images_without_captions for part, _, _ in parts),
+    )
+
+
+def _joined(parts: Sequence[tuple[Ranks, Int[np.ndarray, " rows"], Int[np.ndarray, " images"]]]) -> Ranks:
+    """Ranks of folds as one, queries by their rows in the whole tables: (ranks, rows of queries, rows of images)."""
+
+    def joined(name: str) -> Int[np.ndarray, " q"]:
+        return np.concatenate([getattr(ranks, name) for ranks, _, _ in parts])
+
+    pairs: dict[str, Int[np.ndarray, " p"]] = {}
+    if parts[0][0].pair_query is not None:
+        before = np.cumsum([0, *(len(ranks.query) for ranks, _, _ in parts)])
+        queries = [ranks.pair_query + start for (ranks, _, _), start in zip(parts, before[:-1], strict=True)]
+        pairs = {"pair_query": np.concatenate(queries)}
+        pairs |= {name: joined(name) for name in ("pair_greater", "pair_tied")}
+    return Ranks(
+        query=np.concatenate([rows[ranks.query] for ranks, rows, _ in parts]),
+        image=np.concatenate([images[ranks.image] for ranks, _, images in parts]),
+        candidates=parts[0][0].candidates,
+        positives=joined("positives"),
+        greater=joined("greater"),
+        tied_positives=joined("tied_positives"),
+        tied_others=joined("tied_others"),
+        **pairs,
     )
 
 
@@ -437,6 +550,15 @@ def _check_table(name: str, vectors: np.ndarray) -> None:
                 f"{name} embedding row {start + int(np.argmin(finite))} holds a value that is not finite",
                 hint="Embed the set again in float32.",
             )
+
+
+def check_owners(owners: np.ndarray, *, texts: int, images: int) -> Int[np.ndarray, " texts"]:
+    """For each text the row of its image, checked.
+
+    Raises:
+        InputError: They are not one integer for each text, or name an image that there is not.
+    """
+    return _check_rows("owners", owners, shape=(texts,), limit=images)
 
 
 def _check_rows(name: str, rows: np.ndarray, *, shape: tuple[int, ...], limit: int) -> Int[np.ndarray, " n"]:

@@ -61,6 +61,8 @@ _PARTS = (
     ("true_recall_at_", "true R@"),
     ("recall_at_", "R@"),
     ("mean_reciprocal_rank", "1/rank"),
+    ("map_at_r", "mAP@R"),
+    ("r_precision", "R-precision"),
     ("_", " "),
 )
 

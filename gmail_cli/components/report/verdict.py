@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gmail_cli.components.gate import lower_is_better
 from gmail_cli.components.report.names import interval, metric_label, show, task_label, task_title
-from gmail_cli.components.scores import HEADLINES, lower_is_better
+from gmail_cli.components.scores import HEADLINES
 
 Outcome = Literal["better", "worse", "unclear"]
 

@@ -1,0 +1,94 @@
+"""``gmail compare``: evaluations of several runs side by side, from what each model did with each query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gmail_cli.artifacts import Artifact, Workspace
+from gmail_cli.components import comparison, scores
+from gmail_cli.components.comparison import Evaluation
+from gmail_cli.components.scores import Cell
+from gmail_cli.errors import InputError
+
+
+def run(
+    runs: Sequence[str], *, root: Path, metrics: Sequence[str] = (), draws: int = 2000, level: float = 0.95
+) -> dict[str, Any]:
+    """Compare the evaluations that ``runs`` name.
+
+    Args:
+        runs: Each ``[LABEL=]RUN``: an eval artifact, a run's folder, or the name of a run below ``root`` (its latest
+            evaluation). Those that share a label are one system's seeds. Without a label, the run's name.
+        root: Where runs are kept.
+        metrics: As :func:`gmail_cli.components.comparison.compare`.
+        draws: Bootstrap resamples.
+        level: Of the intervals.
+
+    Returns:
+        A ``gmail.compare/1`` document.
+
+    Raises:
+        InputError: A run has no evaluation, one is named twice, or they do not fit each other.
+        UsageError: An unknown metric.
+    """
+    found: list[tuple[str, Artifact]] = []
+    for text in runs:
+        label, equals, ref = text.partition("=")
+        if not equals or "/" in label or not label:
+            label, ref = "", text
+        artifact = _evaluation(ref, root)
+        if any(artifact.path == other.path for _, other in found):
+            raise InputError(f"{ref} names {artifact.path}, which is compared already", hint="Name each once.")
+        found.append((label, artifact))
+    names = [label or artifact.path.parent.parent.name for label, artifact in found]
+    labels = [
+        name if label or names.count(name) == 1 else f"{name}/{artifact.digest[:6]}"
+        for name, (label, artifact) in zip(names, found, strict=True)
+    ]
+    evaluations = [_read(label, artifact) for label, (_, artifact) in zip(labels, found, strict=True)]
+    return comparison.compare(evaluations, metrics=metrics, draws=draws, level=level)
+
+
+def _evaluation(ref: str, root: Path) -> Artifact:
+    path = Path(ref)
+    if (path / "eval" / "latest").is_dir():
+        path = path / "eval" / "latest"
+    elif not path.exists():
+        latest = Workspace(root, ref).latest("eval") if "/" not in ref else None
+        if latest is None:
+            there = ", ".join(sorted(each.parents[1].name for each in root.glob("*/eval/latest"))) or "none"
+            raise InputError(f"no evaluation of {ref!r} in {root}", hint=f"Runs that have one: {there}.")
+        path = latest.path
+    artifact = Artifact.load(path)
+    if artifact.stage != "eval":
+        raise InputError(f"{ref} was made by `gmail {artifact.stage}`", hint="Name an evaluation (gmail eval).")
+    return artifact
+
+
+def _read(label: str, artifact: Artifact) -> Evaluation:
+    import pyarrow.parquet as pq
+
+    results = artifact.read_json("results.json")
+    if "cells" not in results:
+        hint = "Run gmail eval again: this version keeps it."
+        raise InputError(f"{artifact.path} does not hold what its models did with each query", hint=hint)
+    cells = [
+        Cell(
+            task=row["task"],
+            arm=row["arm"],
+            seed=row["seed"],
+            dual_projection=row["dual_projection"],
+            scores=scores.from_parquet(pq.read_table(artifact.file(row["queries"]), partitioning=None)),
+        )
+        for row in results["cells"]
+    ]
+    return Evaluation(
+        label=label,
+        path=str(artifact.path),
+        protocol=results["protocol"],
+        test_set=results["test_set"],
+        seed=results["seed"],
+        cells=cells,
+    )

@@ -1,0 +1,155 @@
+"""`gmail compare`: pairing, pooling, correction, and every way in which two evaluations do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import gmail
+
+from gmail_cli.artifacts import StageKey, Workspace
+from gmail_cli.components import comparison, scores
+from gmail_cli.components.comparison import Evaluation
+from gmail_cli.components.metrics.intervals import paired_difference
+from gmail_cli.components.scores import Cell, Scores
+from gmail_cli.errors import InputError, UsageError
+
+IMAGES = 60
+
+
+def cell(correct: float, *, arm: str = "real", seed: int | None = 0, draw: int = 0) -> Cell:
+    """A model that finds about ``correct`` of 2 texts of each image; its images agree with those of other models."""
+    rng = np.random.default_rng(7)
+    hard = np.repeat(rng.random(IMAGES), 2) + 0.1 * np.random.default_rng(draw).random(2 * IMAGES)
+    hits = (hard < correct).astype(float)
+    owners = np.repeat(np.arange(IMAGES), 2)
+    found = {
+        "text_to_image_recall_at_1": Scores.mean(hits, groups=owners),
+        "text_to_image_recall_at_5": Scores.mean(np.minimum(1, hits + 0.5), groups=owners),
+    }
+    return Cell(task="clip-text", arm=arm, seed=seed, scores=found)
+
+
+def evaluation(label: str, *cells: Cell, seed: int = 0) -> Evaluation:
+    return Evaluation(label=label, path=label, protocol="p/1", test_set="t" * 64, seed=seed, cells=cells)
+
+
+def test_a_difference_is_the_paired_bootstrap_by_image() -> None:
+    found = comparison.compare([evaluation("a", cell(0.5)), evaluation("b", cell(0.6))], draws=500)
+    [row] = found["comparisons"]
+    a, b = (cell(each).scores["text_to_image_recall_at_1"] for each in (0.5, 0.6))
+    test = paired_difference(a.values, other=b.values, groups=a.groups, draws=500)
+    assert (row["run"], row["baseline"], row["n"]) == ("b", "a", 2 * IMAGES)
+    assert (row["difference"], row["p_value"]) == (pytest.approx(b.value - a.value), test.p_value)
+    assert (row["low"], row["high"]) == (test.difference.low, test.difference.high)
+    unpaired = [(each["low"], each["high"]) for each in found["rows"]]
+    assert unpaired[0][1] > unpaired[1][0], "the intervals overlap and the paired test is sure all the same"
+    assert row["low"] > 0
+
+
+def test_runs_of_one_label_are_seeds_of_one_system() -> None:
+    found = comparison.compare(
+        [
+            evaluation("a", cell(0.5, draw=1), seed=0),
+            evaluation("a", cell(0.6, draw=2), cell(0.7, seed=1, draw=3), seed=1),
+            evaluation("b", cell(0.9)),
+        ],
+        draws=200,
+    )
+    row = found["rows"][0]
+    values = [cell(c, draw=d).scores["text_to_image_recall_at_1"].value for c, d in ((0.5, 1), (0.6, 2), (0.7, 3))]
+    assert row["value"] == pytest.approx(np.mean(values))
+    assert row["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert row["seeds"] == [{"profile": 0, "train": 0}, {"profile": 1, "train": 0}, {"profile": 1, "train": 1}]
+    assert [each["label"] for each in found["runs"]] == ["a", "a", "b"]
+    assert len(found["comparisons"]) == 1
+
+
+def test_p_values_are_corrected_for_every_test_of_the_table() -> None:
+    runs = [evaluation(label, cell(c), cell(c, arm="none")) for label, c in (("a", 0.4), ("b", 0.7), ("c", 0.7))]
+    found = comparison.compare(runs, metrics=["all"], draws=200)
+    assert len(found["comparisons"]) == 2 * 2 * 2
+    assert min(row["p_value"] for row in found["comparisons"]) == pytest.approx(8 / 201)
+    alone = comparison.compare([runs[0], runs[1]], metrics=["text_to_image_recall_at_1"], draws=200)
+    assert min(row["p_value"] for row in alone["comparisons"]) == pytest.approx(2 / 201)
+
+
+def test_one_label_is_tabulated_without_tests() -> None:
+    found = comparison.compare([evaluation("a", cell(0.5)), evaluation("a", cell(0.6), seed=1)], draws=200)
+    assert found["comparisons"] == []
+    assert "differences" not in comparison.text(found)
+
+
+def test_evaluations_that_do_not_fit_are_refused() -> None:
+    a = evaluation("a", cell(0.5))
+    with pytest.raises(InputError, match="a was measured with protocol 'p/1', b with 'q/1'"):
+        comparison.compare([a, replace(a, path="b", protocol="q/1")])
+    with pytest.raises(InputError, match="a and b were tested on different sets"):
+        comparison.compare([a, replace(a, path="b", test_set="u" * 64)])
+    with pytest.raises(InputError, match=r"no model in common \(a: clip-text.real; b: clip-text.none\)"):
+        comparison.compare([a, evaluation("b", cell(0.5, arm="none"))])
+    with pytest.raises(UsageError, match="'text_to_image_recal_at_1'") as caught:
+        comparison.compare([a], metrics=["text_to_image_recal_at_1"])
+    assert caught.value.hint == "Did you mean 'text_to_image_recall_at_1'?"
+
+
+def test_tables_hold_what_the_document_holds() -> None:
+    found = comparison.compare([evaluation("a_1|x", cell(0.5)), evaluation("b", cell(0.7))], draws=200)
+    row = comparison.table(found)[1]
+    test = found["comparisons"][0]
+    assert row[7] == f"{100 * test['difference']:+.2f}"
+    assert row[8] == f"{100 * test['low']:+.2f} to {100 * test['high']:+.2f}"
+    for written in (comparison.text(found), comparison.markdown(found), comparison.latex(found)):
+        assert row[7] in written
+        assert "p after Holm over 1 tests" in written
+    assert "a_1\\|x" in comparison.markdown(found)
+    assert r"a\_1|x & " in comparison.latex(found)
+    assert len({line.count("|") - line.count("\\|") for line in comparison.markdown(found).splitlines()[:4]}) == 1
+
+
+def write(root: Path, run: str, correct: float, *, test_set: str = "t" * 64) -> Path:
+    """An eval artifact as `gmail eval` leaves it, with one model."""
+    with Workspace(root, run).open(StageKey(stage="eval", version=2, settings={"correct": correct})) as slot:
+        rows = scores.to_parquet(cell(correct).scores)
+        assert rows is not None
+        slot.write_parquet("queries/one.parquet", rows)
+        about = {"task": "clip-text", "arm": "real", "seed": 0, "dual_projection": False}
+        results = {"protocol": "p/1", "test_set": test_set, "seed": 0}
+        slot.write_json("results.json", {**results, "cells": [{**about, "queries": "queries/one.parquet"}]})
+        return slot.commit(summary={}).path
+
+
+def test_the_command_finds_runs_by_name_folder_and_artifact(tmp_path: Path) -> None:
+    write(tmp_path / "runs", "first", 0.5)
+    path = write(tmp_path / "runs", "second", 0.7)
+    wanted = json.loads(gmail("compare", "first", "second", "--json", cwd=tmp_path).stdout)
+    for other in ("runs/second", str(path), "runs/second/eval/latest"):
+        found = json.loads(gmail("compare", "first", other, "--json", cwd=tmp_path).stdout)
+        assert found["comparisons"] == wanted["comparisons"]
+    shown = gmail("compare", "old=first", "new=second", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^clip-text.real +text_to_image_recall_at_1 +new +", shown.stdout, re.MULTILINE)
+    again = write(tmp_path / "runs", "second", 0.8)
+    both = json.loads(gmail("compare", str(path), str(again), "--json", cwd=tmp_path).stdout)
+    assert [row["label"] for row in both["runs"]] == [f"second/{each.name[:6]}" for each in (path, again)]
+
+
+def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
+    write(tmp_path / "runs", "first", 0.5)
+    write(tmp_path / "runs", "other", 0.5, test_set="u" * 64)
+    with Workspace(tmp_path / "runs", "old").open(StageKey(stage="eval", version=1, settings={})) as slot:
+        slot.write_json("results.json", {"protocol": "p/1"})
+        slot.commit(summary={})
+    for arguments, message in (
+        (("first", "third"), "error: no evaluation of 'third' in runs\nhint: Runs that have one: first, old, other."),
+        (("first", "runs/first"), "which is compared already"),
+        (("first", "other"), "were tested on different sets"),
+        (("first", "old"), "does not hold what its models did with each query\nhint: Run gmail eval again"),
+    ):
+        done = gmail("compare", *arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert message in done.stderr
