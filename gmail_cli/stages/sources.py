@@ -103,7 +103,7 @@ def open_index(artifact: Artifact, table: str, *, resident: bool = False) -> Vec
             hint = "Delete the artifact and run `gmail index` again."
             raise InputError(f"{artifact.path / name} has {size} bytes, the manifest says {whole}", hint=hint)
     path = artifact.file(names[0])
-    index = search.load(path, resident=resident)
+    index = search.load(path, resident=resident, lists=expected["storage"] == "disk")
     if (index.count, index.dim) != (expected["count"], expected["dim"]):
         raise InputError(
             f"{path} holds {index.count} vectors of {index.dim} dimensions, {INDEX} says "

@@ -23,6 +23,7 @@ _NORM_SAMPLE = 4096
 _TRAINING_ROWS = 65536
 _POINTS_PER_CELL = 64
 _CODES = {"ivf-pq": 256, "ivf-opq": 256, "ivf-pq-fastscan": 16}
+_WITHOUT_LISTS = (b"IxFI", b"IHNf")
 _CLASSES: dict[str, Kind] = {
     "IndexFlatIP": "flat",
     "IndexFlat": "flat",
@@ -111,22 +112,30 @@ class VectorIndex:
         faiss.write_index(self._index, str(path))
 
 
-def load(path: Path, *, resident: bool = False) -> VectorIndex:
+def load(path: Path, *, resident: bool = False, lists: bool = False) -> VectorIndex:
     """Read an index that :meth:`VectorIndex.write` wrote.
 
     Args:
-        path: The file. Inverted lists that lie in a file of their own are looked for beside it.
+        path: The file.
         resident: Read all of it into memory, as changing it wants; else the file is mapped and read as needed.
+        lists: The inverted lists are in a file of their own beside it, which is mapped.
 
     Raises:
         InputError: The file is cut short, damaged, or another kind of index.
     """
     faiss = load_faiss()
     remedy = "Run `gmail index` again; `gmail artifacts verify` tells which files changed."
-    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | (0 if resident else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_MMAP_IFC)
     try:
+        with path.open("rb") as stream:
+            plain = stream.read(4) in _WITHOUT_LISTS
+        if lists:
+            flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+        elif resident:
+            flags = 0
+        else:  # FAISS maps inverted lists in one way, plain vectors in another
+            flags = faiss.IO_FLAG_MMAP_IFC if plain else faiss.IO_FLAG_MMAP
         index = faiss.read_index(str(path), flags)
-    except (RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         size = path.stat().st_size if path.is_file() else 0
         raise InputError(f"{path} ({size} bytes) is not a whole FAISS index: {_reason(error)}", hint=remedy) from error
     found = _class(index)
