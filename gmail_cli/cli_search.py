@@ -55,6 +55,8 @@ def search(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Search an index with a text query or an image; prints the top k with scores."""
+    from gmail_cli.stages.search import said
+
     if (query is None) == (image is None):
         hint = 'Give a query, "a red car on snow", or --image FILE.'
         raise UsageError("words or an image to look for are needed, and not both", hint=hint)
@@ -79,7 +81,7 @@ def search(
         typer.echo(json.dumps({"query": found.query, "table": found.table, "hits": found.hits}, ensure_ascii=False))
         return
     for rank, hit in enumerate(found.hits, 1):
-        typer.echo(f"{rank}\t{hit['score']:.4f}\t{hit['id']}\t{hit.get('text') or ''}".rstrip())
+        typer.echo(f"{rank}\t{hit['score']:.4f}\t{hit['id']}\t{said(hit)}".rstrip())
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,14 @@ def test_every_image_table_gets_an_index_with_its_rows(workspace: Workspace) -> 
     assert made.manifest["key"]["inputs"] == {"embeddings": embeddings.digest}
     hits = search.Searcher(made).vectors(TEXTS.vectors[:7], k=5)
     np.testing.assert_array_equal(hits.ids, np.argsort(-TEXTS.vectors[:7] @ IMAGES.vectors.T, axis=1)[:, :5])
+
+
+def test_captions_live_with_the_images_they_describe(workspace: Workspace) -> None:
+    rows = [{**row, "owner": f"test-images-{number % 3}"} for number, row in enumerate(TEXTS.rows)]
+    made = index.run(profile(), workspace, embeddings=embed(workspace, IMAGES, replace(TEXTS, rows=rows)))
+    found = made.read_jsonl("test-images.rows.jsonl")
+    assert found[1] == {**IMAGES.rows[1], "captions": [f"row {number}" for number in range(1, 120, 3)]}
+    assert found[3] == IMAGES.rows[3]
 
 
 def test_texts_and_kind_do_what_they_say(workspace: Workspace) -> None:

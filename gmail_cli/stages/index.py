@@ -77,7 +77,8 @@ def run(profile: Profile, workspace: Workspace, *, embeddings: Artifact, progres
         for table in wanted:
             name, queries = table.header.name, _queries(table, tables)
             entry = {key: getattr(table.header, key) for key in _RECORDED} | {"embeddings": [embeddings.digest]}
-            entries[name] = _write(slot, profile, name, entry, table.vectors, table.rows, queries, progress)
+            rows = _with_captions(table, tables)
+            entries[name] = _write(slot, profile, name, entry, table.vectors, rows, queries, progress)
         origins = embeddings.summary["origins"]
         about = {
             "model": origins["model"],
@@ -131,7 +132,8 @@ def update(
     with workspace.open(key) as slot:
         if slot.done:
             return slot.artifact
-        added = {table.header.name: table for table in sources.load_tables(add)} if add else {}
+        new_tables = sources.load_tables(add) if add else []
+        added = {table.header.name: table for table in new_tables}
         if add is not None and not added.keys() & about["tables"].keys():
             raise InputError(f"{add.path} holds none of the index's tables: {', '.join(about['tables'])}")
         rows = {name: index.read_jsonl(f"{name}.rows.jsonl") for name in about["tables"]}
@@ -146,7 +148,7 @@ def update(
             if not keep.any() and new is None:
                 raise UsageError(f"--remove takes every row of {name}", hint="Keep one, or build another index.")
             live = [row for row, stays in zip(rows[name], keep, strict=True) if stays]
-            live += [dict(row) for row in new.rows] if new is not None else []
+            live += _with_captions(new, new_tables) if new is not None else []
             parts = [*old["embeddings"], *([add.digest] if add and new is not None else [])]
             entry = {**{key: old[key] for key in _RECORDED}, "embeddings": parts}
             origin = _gather(parts, name, live, folders, add)
@@ -353,6 +355,18 @@ def _gather(
         found[mine] = table.vectors[where[mine, 1]]
     assert asked is not None
     return found, asked
+
+
+def _with_captions(table: Table, tables: list[Table]) -> list[dict[str, Any]]:
+    """The rows of a table; to those of images their ``captions``, where a table of texts names them as owners."""
+    captions: dict[str, list[str]] = {}
+    if table.header.modality == "image":
+        for each in tables:
+            if each.header.modality == "text" and "@" not in each.header.name:
+                for row in each.rows:
+                    if "owner" in row:
+                        captions.setdefault(row["owner"], []).append(row["text"])
+    return [{**row, **({"captions": captions[row["id"]]} if row["id"] in captions else {})} for row in table.rows]
 
 
 def _queries(table: Table, tables: list[Table]) -> tuple[Float[np.ndarray, "queries dim"], str]:

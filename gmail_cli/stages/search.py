@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,12 @@ class Found:
     query: str
     table: str
     hits: list[dict[str, Any]]
+
+
+def said(hit: Mapping[str, Any]) -> str:
+    """What a hit says of itself in one line: its text, its first caption, its label, or nothing."""
+    captions = hit.get("captions") or [""]
+    return str(hit.get("text") or captions[0] or hit.get("label") or "")
 
 
 class Searcher:
@@ -144,7 +151,7 @@ class Searcher:
     def page(self, found: Found) -> str:
         """The hits as an HTML page with thumbnails."""
         thumbnails = [self.thumbnail(hit["row"], table=found.table) for hit in found.hits]
-        hits = [(hit["id"], str(hit.get("text") or hit.get("label") or ""), hit["score"]) for hit in found.hits]
+        hits = [(hit["id"], said(hit), hit["score"]) for hit in found.hits]
         return report.search_page(found.query, hits, thumbnails)
 
     # -- inside ------------------------------------------------------------------------------------------------------

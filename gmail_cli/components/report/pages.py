@@ -71,7 +71,13 @@ def serve_page(
         most_hits: Largest ``k``.
     """
     shown = [
-        ({key: hit.get(key) or "" for key in ("id", "text", "label")} | {"score": hit["score"]}, address)
+        {
+            "id": hit["id"],
+            "score": hit["score"],
+            "thumbnail": address,
+            "label": hit.get("label") or "",
+            "lines": [hit["text"]] if hit.get("text") else list(hit.get("captions") or ()),
+        }
         for hit, address in hits or ()
     ]
     return (
