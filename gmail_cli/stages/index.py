@@ -116,7 +116,8 @@ def update(
         InputError: Ids that are not there or there twice, vectors of another space, embeddings that are gone.
         UsageError: Nothing to do, or a table would be left empty.
     """
-    about = sources.about_index(index)
+    sources.require_index(index)
+    about = index.read_json(INDEX)
     if add is None and remove is None and not rebuild:
         raise UsageError("nothing to change in the index", hint="Give --add, --remove or --rebuild.")
     if add is not None and add.stage != "embed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class Searcher:
     """
 
     def __init__(self, artifact: Artifact, *, aligned: Artifact | None = None, device: str = "auto") -> None:
+        sources.require_index(artifact)
         self.artifact = artifact
-        self.about = sources.about_index(artifact)
         self._given = aligned
         self._device = device
         self._lock = threading.RLock()
@@ -69,6 +70,11 @@ class Searcher:
         self._rows: dict[str, Rows] = {}
         self._clips: dict[str, Clip] = {}
         self._images: list[tuple[Dataset, dict[str, int]]] | None = None
+
+    @functools.cached_property
+    def about(self) -> Mapping[str, Any]:
+        """What the artifact's ``index.json`` says."""
+        return dict(self.artifact.read_json(sources.INDEX))
 
     @property
     def tables(self) -> dict[str, dict[str, Any]]:

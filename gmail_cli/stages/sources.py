@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,19 +62,18 @@ def load_tables(embeddings: Artifact) -> list[Table]:
     return [Table.load(embeddings.folder(folder)) for folder in folders]
 
 
-def about_index(artifact: Artifact) -> dict[str, Any]:
-    """What an index artifact says of itself.
+def require_index(artifact: Artifact) -> None:
+    """Refuse an artifact of another stage.
 
     Raises:
-        InputError: It is an artifact of another stage.
+        InputError: Names the stage that made it.
     """
     if artifact.stage != "index":
         hint = "Give a folder made by `gmail index`, such as runs/tiny/index/latest."
         raise InputError(f"{artifact.path} was made by `gmail {artifact.stage}`", hint=hint)
-    return dict(artifact.read_json(INDEX))
 
 
-def table_name(about: dict[str, Any], table: str | None) -> str:
+def table_name(about: Mapping[str, Any], table: str | None) -> str:
     """The table meant by ``table``: the test images, or the first, when None.
 
     Raises:

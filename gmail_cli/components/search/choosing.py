@@ -43,8 +43,6 @@ _TIMED_QUERIES = 100
 _TIMED_SECONDS = 2.0
 _HNSW_TRIAL = 4000
 _CODED: tuple[Kind, ...] = ("ivf-sq8", "ivf-pq", "ivf-pq-fastscan", "ivf-opq", "ivf-rabitq")
-_PLATEAU = 0.0005
-"""Gain in recall from twice the effort below which it is the codes that are too coarse, not the search."""
 
 Progress = Callable[[int, int], None]
 
@@ -195,6 +193,8 @@ class _Job:
     _cells: Cells | None = None
     _truth: dict[int, Hits] = field(default_factory=dict)
     _sampled: Any = None
+    _whole_effort: int = 1
+    """Cells that whole vectors need: codes in the same cells need no fewer."""
 
     @property
     def count(self) -> int:
@@ -382,7 +382,10 @@ class _Job:
         return self._truth[len(vectors)]
 
     def tune(self, index: VectorIndex, vectors: Any) -> float:
-        """Set the least effort whose recall reaches the target with two standard errors to spare; the recall at it."""
+        """Set the least effort whose recall reaches the target with two standard errors to spare; the recall at it.
+
+        Codes are given up when twice the last gain would not be enough.
+        """
         best = self.truth(vectors)
 
         def recall_at(effort: int) -> tuple[float, bool]:
@@ -393,12 +396,17 @@ class _Job:
 
         if index.kind == "flat":
             return recall_at(0)[0]
+        coded = index.kind in _CODED
+        first = 16 if index.kind == "hnsw" else self._whole_effort if coded else 1
         low, before = 0, 0.0
-        for effort in _doubling(1 if index.kind != "hnsw" else 16, index.most):
+        for effort in _doubling(min(first, index.most), index.most):
             recall, enough = recall_at(effort)
-            if enough or (index.kind in _CODED and 0.5 < recall < before + _PLATEAU):
+            hopeless = coded and low and recall + 2 * (recall - before) < self.limits.recall
+            if enough or hopeless:
                 break
             low, before = effort, recall
+        if index.kind == "ivf-flat":
+            self._whole_effort = effort
         if not enough:
             return recall
         while effort - low > max(1, effort // 8):  # the least effort between the last two, to an eighth
