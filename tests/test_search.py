@@ -169,7 +169,7 @@ def test_rows_are_read_one_by_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", search.DISK_KINDS)
 def test_lists_merged_from_shards_on_disk_find_what_lists_in_memory_find(
-    made: dict[str, search.Made], kind: Kind, tmp_path: Path
+    made: dict[str, search.Made], kind: Kind, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shards = search.Shards(tmp_path / "scratch", tmp_path / "photos.lists", rows=700)
     built = search.build(VECTORS, queries=QUERIES, kind=kind, limits=Limits(recall=0.9), lists=shards)
@@ -182,6 +182,7 @@ def test_lists_merged_from_shards_on_disk_find_what_lists_in_memory_find(
     again = search.load(folder / "photos.faiss", lists=True)
     assert (again.kind, again.count, again.effort) == (kind, 3000, made[kind].index.effort)
     np.testing.assert_array_equal(again.search(QUERIES, k=10).ids, made[kind].index.search(QUERIES, k=10).ids)
+    assert not capfd.readouterr().out  # standard output is for results
     assert built.chosen.memory < made[kind].chosen.memory / 2
     assert (folder / "photos.faiss").stat().st_size == pytest.approx(built.chosen.memory, rel=0.1, abs=3000)
 

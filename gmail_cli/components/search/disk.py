@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +73,28 @@ def merged(empty: Any, shards: list[str], lists: Path) -> Any:
     from faiss.contrib.ondisk import merge_ondisk
 
     lists.unlink(missing_ok=True)
-    merge_ondisk(empty, shards, str(lists))
+    with _standard_output_to_error():
+        merge_ondisk(empty, shards, str(lists))
     outer = load_faiss().downcast_index(empty)
     if outer.ntotal != inverted(empty).ntotal:
         outer.ntotal = inverted(empty).ntotal
     return empty
+
+
+@contextlib.contextmanager
+def _standard_output_to_error() -> Iterator[None]:
+    """FAISS prints the sizes of files to standard output, where only results belong."""
+    c = ctypes.CDLL(None)
+    sys.stdout.flush()
+    c.fflush(None)
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        c.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _turned(index: Any, rows: np.ndarray) -> np.ndarray:

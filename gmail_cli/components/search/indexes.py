@@ -128,13 +128,13 @@ def load(path: Path, *, resident: bool = False, lists: bool = False) -> VectorIn
     try:
         with path.open("rb") as stream:
             plain = stream.read(4) in _WITHOUT_LISTS
-        if lists:
-            flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
-        elif resident:
-            flags = 0
-        else:  # FAISS maps inverted lists in one way, plain vectors in another
-            flags = faiss.IO_FLAG_MMAP_IFC if plain else faiss.IO_FLAG_MMAP
-        index = faiss.read_index(str(path), flags)
+        # FAISS maps inverted lists in one way, plain vectors in another
+        mapped = faiss.IO_FLAG_MMAP_IFC if plain else faiss.IO_FLAG_MMAP
+        index = faiss.read_index(str(path), 0 if resident and not lists else mapped)
+        if lists:  # not by IO_FLAG_ONDISK_SAME_DIR, which prints to standard output
+            on_disk = faiss.downcast_InvertedLists(inverted(index).invlists)
+            on_disk.filename, on_disk.read_only = str(path.with_name(Path(on_disk.filename).name)), True
+            on_disk.do_mmap()
     except (OSError, RuntimeError, MemoryError) as error:
         size = path.stat().st_size if path.is_file() else 0
         raise InputError(f"{path} ({size} bytes) is not a whole FAISS index: {_reason(error)}", hint=remedy) from error
