@@ -18,7 +18,8 @@ import typer
 from gmail_cli import __version__, shipped
 from gmail_cli.cli_gate import AnnotationsOption, BaselineOption, Gate, JunitOption, ToleranceOption
 from gmail_cli.cli_score import app as score_app
-from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
+from gmail_cli.cli_search import app as search_app
+from gmail_cli.errors import GmailError, InputError, UsageError
 from gmail_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ profile_app = typer.Typer(help="List, show, check and describe profiles.", no_ar
 artifacts_app = typer.Typer(
     help="List, show, verify and clean up artifacts.", no_args_is_help=True, rich_markup_mode=None
 )
+app.add_typer(search_app)
 app.add_typer(score_app, name="score")
 app.add_typer(profile_app, name="profile")
 app.add_typer(artifacts_app, name="artifacts")
@@ -260,6 +262,17 @@ def index(
     embeddings: Annotated[
         Path | None, typer.Option("--embeddings", metavar="ARTIFACT", help="Embed artifact; default: the run's latest.")
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="INDEX", help="Index artifact to change; default: the run's latest."),
+    ] = None,
+    add: Annotated[
+        Path | None, typer.Option(metavar="EMBEDDINGS", help="Add the rows of this embed artifact to an index.")
+    ] = None,
+    remove: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Remove the ids in this file, one a line, from an index.")
+    ] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Choose and train a changed index again.")] = False,
     profile: ProfileOption = None,
     set_: SetOption = None,
     run: RunOption = None,
@@ -267,8 +280,21 @@ def index(
     as_json: JsonOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Build FAISS indexes over embeddings, for `gmail search`."""
-    _stage("index", _Context(profile, set_, run, workspace, as_json, dry_run, {}), embeddings=embeddings)
+    """Build FAISS indexes over embeddings, for `gmail search` and `gmail serve`; or change one into a new one."""
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, {})
+    if from_ or add or remove or rebuild:
+        if embeddings or dry_run:
+            flag = "--embeddings" if embeddings else "--dry-run"
+            hint = "Leave it out, or leave out --from, --add, --remove and --rebuild."
+            raise UsageError(f"{flag} does not go with changing an index", hint=hint)
+        artifact: Artifact | None = _change_index(context, from_, add, remove, rebuild)
+    else:
+        artifact = _stage("index", context, embeddings=embeddings)
+    if artifact is not None:
+        from gmail_cli.stages import index as stage
+
+        for name, lines in stage.candidates(artifact).items():
+            _say(f"candidates for {name}:\n{lines}")
 
 
 @app.command(name="eval")
@@ -371,37 +397,6 @@ def run_(
     if report.is_file():
         _say(f"report: {_shown(report)}")
     _result(_shown(last.path))
-
-
-@app.command()
-def search(
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Index artifact.")],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for, in words.")],
-    k: Annotated[int, typer.Option("--top", "-k", parser=_count, metavar="K", help="How many.")] = 10,
-    table: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which index of the artifact; default: test-images.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with thumbnails.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Search an index with a text query; prints the top k with scores."""
-    from gmail_cli.artifacts import Artifact
-    from gmail_cli.stages import index as stage
-
-    found = stage.search(Artifact.load(index), query, k=k, table=table)
-    if html is not None:
-        page = stage.search_page(found)
-        try:
-            html.write_text(page, encoding="utf-8")
-        except OSError as error:
-            hint = "Name a file in a folder that exists and can be written."
-            raise SetupError(f"cannot write --html {html}: {error.strerror}", hint=hint) from error
-        _say(f"page: {html}")
-    if as_json:
-        typer.echo(json.dumps({"query": query, "hits": found.hits}, ensure_ascii=False))
-        return
-    for rank, hit in enumerate(found.hits, 1):
-        typer.echo(f"{rank}\t{hit['score']:.4f}\t{hit['id']}\t{hit.get('text') or ''}".rstrip())
 
 
 # -- profiles ------------------------------------------------------------------------------------------------
@@ -695,6 +690,33 @@ def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | No
         made = plan.execute(profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce)
     artifact = made[name]
     _result(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
+    return artifact
+
+
+def _change_index(
+    context: _Context, from_: Path | None, add: Path | None, remove: Path | None, rebuild: bool
+) -> Artifact:
+    from gmail_cli.artifacts import Artifact
+    from gmail_cli.stages import index as stage
+
+    profile, space = context.load()
+    old = Artifact.load(from_) if from_ else space.latest("index")
+    if old is None:
+        hint = "Run `gmail index` first, or name one with --from."
+        raise InputError(f"{space.folder('index')} has no index to change", hint=hint)
+    added = None if add is None else Artifact.load(add)
+    with Progress() as progress:
+        artifact = stage.update(
+            profile,
+            space,
+            index=old,
+            add=added,
+            remove=remove,
+            rebuild=rebuild,
+            progress=progress.task("index"),
+        )
+    _announce(artifact, False)
+    typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
     return artifact
 
 

@@ -46,6 +46,7 @@ TaskName = Literal[
     "clip-text", "long-clip", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"
 ]
 ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
+IndexKind = Literal["auto", "flat", "hnsw", "ivf-flat", "ivf-sq8", "ivf-pq", "ivf-pq-fastscan", "ivf-opq", "ivf-rabitq"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
 
 
@@ -364,10 +365,19 @@ class Embed(Section):
 class Index(Section):
     """FAISS indexes over embeddings."""
 
-    kind: Literal["auto", "flat", "hnsw", "ivf"] = "auto"
-    """Kind of index; `auto` is exact (`flat`) up to 200,000 vectors and `ivf` above."""
+    kind: IndexKind = "auto"
+    """Kind of index. `auto` is exact (`flat`) up to 200,000 vectors if the limits allow; otherwise it builds the kinds
+    that fit, measures them, and takes the fastest that keeps to the limits."""
     recall_target: Fraction = 0.95
-    """Recall@10 against exact search that an approximate index searches hard enough to reach."""
+    """Recall@10 against exact search: an approximate index searches hard enough to reach it, and `auto` takes none
+    that does not."""
+    max_memory: NonNegative = 0.0
+    """Most memory an index may take when it is loaded, MiB; 0 for no limit."""
+    max_latency: NonNegative = 0.0
+    """Most time a query searched alone may take on this machine, milliseconds; 0 for no limit."""
+    storage: Literal["memory", "disk"] = "memory"
+    """`disk` builds inverted lists shard by shard into a file that is mapped when searched, for sets beyond memory;
+    kinds ivf-flat, ivf-sq8, ivf-pq, ivf-opq."""
     texts: bool = False
     """Index the text tables as well as the image tables."""
 

@@ -62,6 +62,7 @@ def test_every_command_of_the_design_is_there(tmp_path: Path) -> None:
         "compare",
         "run",
         "search",
+        "serve",
         "profile",
         "artifacts",
         "doctor",
@@ -226,8 +227,20 @@ WRONG = {
         "exit 3\nerror: made/embed was made by `gmail embed`\n"
         "hint: Give a folder made by `gmail index`, such as runs/tiny/index/latest.\n"
     ),
+    "serve made/embed": (
+        "exit 3\nerror: made/embed was made by `gmail embed`\n"
+        "hint: Give a folder made by `gmail index`, such as runs/tiny/index/latest.\n"
+    ),
+    "index -p tiny --rebuild": (
+        "exit 3\nerror: runs/tiny/index has no index to change\n"
+        "hint: Run `gmail index` first, or name one with --from.\n"
+    ),
+    "index -p tiny --remove ids.txt --dry-run": (
+        "exit 2\nerror: --dry-run does not go with changing an index\n"
+        "hint: Leave it out, or leave out --from, --add, --remove and --rebuild.\n"
+    ),
     "search made/index car --top 0": (
-        "exit 2\nUsage: gmail search [OPTIONS] {INDEX} {QUERY}\nTry 'gmail search -h' for help.\n\n"
+        "exit 2\nUsage: gmail search [OPTIONS] {INDEX} [QUERY]\nTry 'gmail search -h' for help.\n\n"
         "Error: Invalid value for '--top' / '-k': '0' is not a whole number of at least 1; leave it out for the "
         "default.\n"
     ),

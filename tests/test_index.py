@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +12,40 @@ from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, build
-from gmail_cli.stages import index, sources
+from gmail_cli.stages import index, search, sources
 
 SPACE = "5" * 64
 
 
-def table(name: str, *, count: int = 40, modality: Modality = "image", flow: Flow = "real", seed: int = 0) -> Table:
+def table(
+    name: str,
+    *,
+    count: int = 40,
+    modality: Modality = "image",
+    flow: Flow = "real",
+    seed: int = 0,
+    first: int = 0,
+    space: str = SPACE,
+) -> Table:
     return Table.build(
         np.random.default_rng(seed).standard_normal((count, 8)).astype(np.float32),
-        rows=[{"id": f"{name}-{row}", "text": f"row {row}"} for row in range(count)],
+        rows=[{"id": f"{name}-{first + row}", "text": f"row {first + row}"} for row in range(count)],
         name=name,
         modality=modality,
         flow=flow,
         encoder="tiny",
         encoder_digest=SPACE,
-        space=SPACE,
+        space=space,
         preprocess="p",
     )
 
 
 def embed(workspace: Workspace, *tables: Table) -> Artifact:
-    key = StageKey(stage="embed", version=1, settings={"tables": [asdict(each.header) for each in tables]})
+    described = [{**asdict(each.header), "first": each.ids[0]} for each in tables]
+    key = StageKey(stage="embed", version=1, settings={"tables": described})
     with workspace.open(key) as slot:
+        if slot.done:
+            return slot.artifact
         for each in tables:
             files = each.files()
             slot.write_npy(f"{each.header.name}/vectors.npy", files["vectors.npy"])
@@ -64,22 +76,33 @@ def test_every_image_table_gets_an_index_with_its_rows(workspace: Workspace) -> 
     assert about["test-images"]["recall_queries"] == "test-texts"
     assert made.read_jsonl("test-images.rows.jsonl") == list(IMAGES.rows)
     assert made.manifest["key"]["inputs"] == {"embeddings": embeddings.digest}
-    hits = index.search_vectors(made, TEXTS.vectors[:7], k=5)
+    hits = search.Searcher(made).vectors(TEXTS.vectors[:7], k=5)
     np.testing.assert_array_equal(hits.ids, np.argsort(-TEXTS.vectors[:7] @ IMAGES.vectors.T, axis=1)[:, :5])
 
 
+def test_captions_live_with_the_images_they_describe(workspace: Workspace) -> None:
+    rows = [{**row, "owner": f"test-images-{number % 3}"} for number, row in enumerate(TEXTS.rows)]
+    made = index.run(profile(), workspace, embeddings=embed(workspace, IMAGES, replace(TEXTS, rows=rows)))
+    found = made.read_jsonl("test-images.rows.jsonl")
+    assert found[1] == {**IMAGES.rows[1], "captions": [f"row {number}" for number in range(1, 120, 3)]}
+    assert found[3] == IMAGES.rows[3]
+
+
 def test_texts_and_kind_do_what_they_say(workspace: Workspace) -> None:
-    made = index.run(profile(texts=True, kind="ivf"), workspace, embeddings=embed(workspace, IMAGES, TEXTS))
+    made = index.run(profile(texts=True, kind="ivf-flat"), workspace, embeddings=embed(workspace, IMAGES, TEXTS))
     about = made.read_json("index.json")["tables"]
-    assert {name: entry["kind"] for name, entry in about.items()} == {"test-images": "ivf", "test-texts": "ivf"}
-    hits = index.search_vectors(made, IMAGES.vectors[:1], k=1, table="test-texts")
+    assert {name: entry["kind"] for name, entry in about.items()} == {
+        "test-images": "ivf-flat",
+        "test-texts": "ivf-flat",
+    }
+    hits = search.Searcher(made).vectors(IMAGES.vectors[:1], k=1, table="test-texts")
     assert hits.ids[0, 0] == np.argmax(TEXTS.vectors @ IMAGES.vectors[0])
 
 
 def test_the_recall_target_reaches_the_index(workspace: Workspace) -> None:
     embeddings = embed(workspace, table("test-images", count=2000), TEXTS)
-    loose = index.run(profile(kind="ivf", recall_target=0.1), workspace, embeddings=embeddings)
-    tight = index.run(profile(kind="ivf", recall_target=1.0), workspace, embeddings=embeddings)
+    loose = index.run(profile(kind="ivf-flat", recall_target=0.1), workspace, embeddings=embeddings)
+    tight = index.run(profile(kind="ivf-flat", recall_target=1.0), workspace, embeddings=embeddings)
     entries = [made.read_json("index.json")["tables"]["test-images"] for made in (loose, tight)]
     assert entries[0]["effort"] < entries[1]["effort"]
     assert entries[0]["recall_at_10"] < entries[1]["recall_at_10"] == 1.0
@@ -101,20 +124,140 @@ def test_no_image_table_is_an_error(workspace: Workspace) -> None:
 def test_an_unknown_table_is_named_with_those_there_are(workspace: Workspace) -> None:
     made = index.run(profile(), workspace, embeddings=embed(workspace, IMAGES))
     with pytest.raises(UsageError, match="no table 'photos'\nIt has: test-images"):
-        index.search_vectors(made, TEXTS.vectors[:1], k=1, table="photos")
+        search.Searcher(made).vectors(TEXTS.vectors[:1], k=1, table="photos")
 
 
 def test_a_truncated_index_file_is_named(workspace: Workspace) -> None:
     made = index.run(profile(), workspace, embeddings=embed(workspace, IMAGES))
     path = made.file("test-images.faiss")
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"test-images\.faiss .* is not a whole FAISS index"):
-        index.search_vectors(made, TEXTS.vectors[:1], k=1)
+    with pytest.raises(InputError, match=r"test-images\.faiss has \d+ bytes, the manifest says"):
+        search.Searcher(made).vectors(TEXTS.vectors[:1], k=1)
 
 
 def test_an_index_of_another_table_in_its_place_is_refused(workspace: Workspace) -> None:
     made = index.run(profile(), workspace, embeddings=embed(workspace, IMAGES))
     other = index.run(profile(), workspace, embeddings=embed(workspace, table("test-images", count=39)))
     made.file("test-images.faiss").write_bytes(other.file("test-images.faiss").read_bytes())
-    with pytest.raises(InputError, match=r"holds 39 vectors .* says 40"):
-        index.search_vectors(made, TEXTS.vectors[:1], k=1)
+    with pytest.raises(InputError, match=r"has \d+ bytes, the manifest says \d+"):
+        search.Searcher(made).vectors(TEXTS.vectors[:1], k=1)
+
+
+# -- changing an index ------------------------------------------------------------------------------------------------
+
+MORE = table("test-images", count=15, first=40, seed=2)
+
+
+def ids_file(folder: Path, *ids: str) -> Path:
+    path = folder / "ids.txt"
+    path.write_text("".join(f"{each}\n" for each in ids))
+    return path
+
+
+def nearest(made: Artifact, queries: np.ndarray, *, k: int = 5) -> list[list[str]]:
+    searcher = search.Searcher(made)
+    rows = made.read_jsonl("test-images.rows.jsonl")
+    return [[rows[row]["id"] for row in hits] for hits in searcher.vectors(queries, k=k).ids]
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf-sq8"])
+def test_rows_added_and_removed_keep_their_ids(workspace: Workspace, tmp_path: Path, kind: str) -> None:
+    made = index.run(profile(kind=kind), workspace, embeddings=embed(workspace, IMAGES, TEXTS))
+    gone = ids_file(tmp_path, "test-images-3", "test-images-17")
+    changed = index.update(profile(), workspace, index=made, add=embed(workspace, MORE), remove=gone)
+    assert changed.path != made.path
+    assert made.verify() == changed.verify() == []
+    assert not list(changed.path.glob("*entry*"))
+    entry = changed.read_json("index.json")["tables"]["test-images"]
+    assert entry | {"kind": kind, "count": 53, "recall_queries": "test-texts"} == entry
+    assert entry["recall_at_10"] >= 0.9
+    keep = [row for row in range(40) if row not in (3, 17)]
+    vectors = np.concatenate([IMAGES.vectors[keep], MORE.vectors])
+    ids = [*np.array(IMAGES.ids)[keep], *MORE.ids]
+    expected = [[ids[row] for row in order[:5]] for order in np.argsort(-TEXTS.vectors[:9] @ vectors.T, axis=1)]
+    found = nearest(changed, TEXTS.vectors[:9])
+    shared = np.mean([len({*a} & {*b}) / 5 for a, b in zip(expected, found, strict=True)])
+    assert shared > (0.8 if kind == "ivf-sq8" else 0.999)  # a byte a component of 8
+    again = index.update(profile(), workspace, index=made, add=embed(workspace, MORE), remove=gone)
+    assert again.path == changed.path
+
+
+def test_a_row_is_replaced_by_removing_and_adding_its_id(workspace: Workspace, tmp_path: Path) -> None:
+    made = index.run(profile(), workspace, embeddings=embed(workspace, IMAGES, TEXTS))
+    new = table("test-images", count=1, first=3, seed=9)
+    with pytest.raises(InputError, match="1 of the ids to add already, the first is 'test-images-3'"):
+        index.update(profile(), workspace, index=made, add=embed(workspace, new))
+    gone = ids_file(tmp_path, "test-images-3")
+    changed = index.update(profile(), workspace, index=made, add=embed(workspace, new), remove=gone)
+    assert nearest(changed, new.vectors, k=1) == [["test-images-3"]]
+    rebuilt = index.update(profile(kind="ivf-flat"), workspace, index=changed, rebuild=True)
+    assert rebuilt.read_json("index.json")["tables"]["test-images"]["kind"] == "ivf-flat"
+    assert nearest(rebuilt, new.vectors, k=1) == [["test-images-3"]]
+    assert nearest(rebuilt, TEXTS.vectors[:9]) == nearest(changed, TEXTS.vectors[:9])
+
+
+def test_without_the_embeddings_recall_is_unknown_and_nothing_is_rebuilt(workspace: Workspace, tmp_path: Path) -> None:
+    import shutil
+
+    embeddings = embed(workspace, IMAGES, TEXTS)
+    made = index.run(profile(), workspace, embeddings=embeddings)
+    shutil.rmtree(embeddings.path)
+    gone = ids_file(tmp_path, "test-images-3")
+    changed = index.update(profile(), workspace, index=made, remove=gone)
+    assert changed.read_json("index.json")["tables"]["test-images"]["recall_at_10"] is None
+    assert changed.summary["note"].startswith("recall of test-images not measured")
+    with pytest.raises(InputError, match="the embeddings that test-images was built from are gone"):
+        index.update(profile(), workspace, index=made, rebuild=True)
+
+
+def test_changes_that_cannot_be_are_refused(workspace: Workspace, tmp_path: Path) -> None:
+    embeddings = embed(workspace, IMAGES, TEXTS)
+    made = index.run(profile(), workspace, embeddings=embeddings)
+    with pytest.raises(UsageError, match="nothing to change"):
+        index.update(profile(), workspace, index=made)
+    with pytest.raises(InputError, match=r"1 id\(s\) that the index lacks, the first is 'nobody'"):
+        index.update(profile(), workspace, index=made, remove=ids_file(tmp_path, "test-images-1", "nobody"))
+    with pytest.raises(InputError, match="holds no ids"):
+        index.update(profile(), workspace, index=made, remove=ids_file(tmp_path))
+    with pytest.raises(UsageError, match="--remove takes every row of test-images"):
+        index.update(profile(), workspace, index=made, remove=ids_file(tmp_path, *IMAGES.ids))
+    with pytest.raises(InputError, match="test-images to add differs in space: 66666"):
+        other = embed(workspace, table("test-images", first=90, space="6" * 64))
+        index.update(profile(), workspace, index=made, add=other)
+    with pytest.raises(InputError, match="holds none of the index's tables: test-images"):
+        index.update(profile(), workspace, index=made, add=embed(workspace, TEXTS))
+    with pytest.raises(InputError, match="was made by `gmail embed`"):
+        index.update(profile(), workspace, index=embeddings, rebuild=True)
+
+
+# -- limits and lists on disk -----------------------------------------------------------------------------------------
+
+
+def test_limits_reach_the_chooser_and_the_table_is_kept(workspace: Workspace) -> None:
+    embeddings = embed(workspace, table("test-images", count=3000), TEXTS)
+    made = index.run(profile(max_memory=0.09, recall_target=0.8), workspace, embeddings=embeddings)
+    entry = made.read_json("index.json")["tables"]["test-images"]
+    assert entry["memory"] <= 0.09 * 2**20
+    assert {each["kind"]: each["verdict"] for each in entry["candidates"]}["flat"] == "too large"
+    assert index.candidates(made)["test-images"].count("\n") == 8
+    with pytest.raises(UsageError, match=r"test-images, 3000 x 8, keeps to .*index\.max_memory = 0\.01 MiB"):
+        index.run(profile(max_memory=0.01), workspace, embeddings=embeddings)
+    with pytest.raises(UsageError, match=r"index\.max_latency = 1e-06 ms"):
+        index.run(profile(max_latency=1e-6), workspace, embeddings=embeddings)
+
+
+def test_lists_on_disk_are_part_of_the_artifact(workspace: Workspace) -> None:
+    embeddings = embed(workspace, table("test-images", count=3000), TEXTS)
+    made = index.run(profile(kind="ivf-flat", storage="disk"), workspace, embeddings=embeddings)
+    here = index.run(profile(kind="ivf-flat"), workspace, embeddings=embeddings)
+    assert made.verify() == []
+    assert made.file("test-images.lists").stat().st_size > 3000 * 8 * 4
+    assert made.file("test-images.faiss").stat().st_size < here.file("test-images.faiss").stat().st_size / 4
+    assert nearest(made, TEXTS.vectors[:20]) == nearest(here, TEXTS.vectors[:20])
+    with pytest.raises(UsageError, match="on disk and cannot be changed in place"):
+        index.update(profile(), workspace, index=made, add=embed(workspace, table("test-images", first=9000, seed=5)))
+    rebuilt = index.update(profile(kind="ivf-flat"), workspace, index=made, rebuild=True)
+    assert nearest(rebuilt, TEXTS.vectors[:20]) == nearest(here, TEXTS.vectors[:20])
+    made.file("test-images.lists").write_bytes(made.file("test-images.lists").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"test-images\.lists has \d+ bytes"):
+        nearest(made, TEXTS.vectors[:1])

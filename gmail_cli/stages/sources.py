@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact
 from gmail_cli.components import captions, prompts, protocols
 from gmail_cli.components.captions import Dataset
+from gmail_cli.components.search import VectorIndex
 from gmail_cli.components.tables import Table
-from gmail_cli.errors import UsageError
+from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
+
+INDEX = "index.json"
+TEST_IMAGES = "test-images"
 
 SPLIT_SEED = 0
 """Of ``data.holdout``. What is held out belongs to the data: were it to move with ``seed``, an f_r trained under one
@@ -81,3 +86,54 @@ def load_tables(embeddings: Artifact) -> list[Table]:
     """Every table of an embed artifact, by name."""
     folders = sorted(name.removesuffix("/table.json") for name in embeddings.files if name.endswith("/table.json"))
     return [Table.load(embeddings.folder(folder)) for folder in folders]
+
+
+def require_index(artifact: Artifact) -> None:
+    """Refuse an artifact of another stage.
+
+    Raises:
+        InputError: Names the stage that made it.
+    """
+    if artifact.stage != "index":
+        hint = "Give a folder made by `gmail index`, such as runs/tiny/index/latest."
+        raise InputError(f"{artifact.path} was made by `gmail {artifact.stage}`", hint=hint)
+
+
+def table_name(about: Mapping[str, Any], table: str | None) -> str:
+    """The table meant by ``table``: the test images, or the first, when None.
+
+    Raises:
+        UsageError: The index has no table of that name.
+    """
+    names = list(about["tables"])
+    if table is None:
+        return TEST_IMAGES if TEST_IMAGES in names else names[0]
+    if table not in names:
+        raise UsageError(f"the index has no table {table!r}", hint=f"It has: {', '.join(names)}.")
+    return table
+
+
+def open_index(artifact: Artifact, table: str, *, resident: bool = False) -> VectorIndex:
+    """One index of an artifact, mapped from its file or (``resident``) read into memory.
+
+    Raises:
+        InputError: A file was cut short, or holds other vectors than ``index.json`` says.
+    """
+    from gmail_cli.components import search
+
+    expected = artifact.read_json(INDEX)["tables"][table]
+    names = [f"{table}.faiss", *([f"{table}.lists"] if expected["storage"] == "disk" else [])]
+    for name in names:
+        size, whole = artifact.file(name).stat().st_size, artifact.files[name]["size"]
+        if size != whole:
+            hint = "Delete the artifact and run `gmail index` again."
+            raise InputError(f"{artifact.path / name} has {size} bytes, the manifest says {whole}", hint=hint)
+    path = artifact.file(names[0])
+    index = search.load(path, resident=resident, lists=expected["storage"] == "disk")
+    if (index.count, index.dim) != (expected["count"], expected["dim"]):
+        raise InputError(
+            f"{path} holds {index.count} vectors of {index.dim} dimensions, {INDEX} says "
+            f"{expected['count']} of {expected['dim']}",
+            hint="Delete the artifact and run `gmail index` again.",
+        )
+    return index

@@ -7,7 +7,7 @@ forbid any through their content security policy.
 from __future__ import annotations
 
 from gmail_cli.components.report.names import task_title
-from gmail_cli.components.report.pages import html, markdown, search_page
+from gmail_cli.components.report.pages import html, markdown, search_page, serve_page
 from gmail_cli.components.report.records import (
     Breakdown,
     CaptionExample,
@@ -34,6 +34,7 @@ __all__ = [
     "html",
     "markdown",
     "search_page",
+    "serve_page",
     "task_title",
     "thumbnail",
     "verdict",

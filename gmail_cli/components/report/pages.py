@@ -15,7 +15,7 @@ from gmail_cli.components.report.records import Picture, Report
 from gmail_cli.components.report.verdict import outcome_of, verdict
 from gmail_cli.components.scores import HEADLINES
 
-_TEMPLATES = ("page.html.j2", "pictures.html.j2", "report.html.j2", "search.html.j2", "report.md.j2")
+_TEMPLATES = ("page.html.j2", "pictures.html.j2", "report.html.j2", "search.html.j2", "serve.html.j2", "report.md.j2")
 
 
 def html(report: Report) -> str:
@@ -41,6 +41,61 @@ def search_page(query: str, hits: Sequence[tuple[str, str, float]], thumbnails: 
         for hit, thumbnail in zip(hits, thumbnails, strict=True)
     ]
     return _environment().get_template("search.html.j2").render(query=query, hits=rows)
+
+
+def serve_page(
+    *,
+    title: str,
+    tables: Mapping[str, Mapping[str, Any]],
+    table: str,
+    words: str = "",
+    k: int,
+    flow: str = "real",
+    image: bytes | None = None,
+    hits: Sequence[tuple[Mapping[str, Any], str]] | None = None,
+    error: str = "",
+    most_hits: int,
+) -> str:
+    """The page of ``gmail serve``: two forms, and what was found.
+
+    Args:
+        title: Heading.
+        tables: Table -> what ``index.json`` says of it.
+        table: The one searched.
+        words: The text query.
+        k: How many hits were asked for.
+        flow: What the image queried with is: ``real`` or ``generated``.
+        image: Thumbnail of that image.
+        hits: (what is known of the hit, address of its thumbnail), best first; None before a search.
+        error: What went wrong.
+        most_hits: Largest ``k``.
+    """
+    shown = [
+        {
+            "id": hit["id"],
+            "score": hit["score"],
+            "thumbnail": address,
+            "label": hit.get("label") or "",
+            "lines": [hit["text"]] if hit.get("text") else list(hit.get("captions") or ()),
+        }
+        for hit, address in hits or ()
+    ]
+    return (
+        _environment()
+        .get_template("serve.html.j2")
+        .render(
+            title=title,
+            tables=tables,
+            table=table,
+            words=words,
+            k=k,
+            flow=flow,
+            image=None if image is None else Picture(image),
+            hits=None if hits is None else shown,
+            error=error,
+            most_hits=most_hits,
+        )
+    )
 
 
 def _render(template: str, report: Report) -> str:
