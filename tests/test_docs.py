@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from preloaded import preloaded
 from test_cli import ROOT, shell_environment
 
 from gmail_cli.components import captions
@@ -152,8 +153,10 @@ def scenes_as_coco(source: str, count: int, file: Path, *, images: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def environment(folder: Path) -> dict[str, str]:
-    return {**shell_environment(folder), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "cache")}
+def environment(folder: Path) -> Iterator[dict[str, str]]:
+    found = {**shell_environment(folder), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "cache")}
+    with preloaded(folder / "bin" / "gmail", environment=found):
+        yield found
 
 
 @pytest.mark.parametrize("block", RUN, ids=lambda block: f"{block.page}:{block.line}")
