@@ -287,11 +287,24 @@ def test_a_port_that_is_taken_is_named(server: web.Server, searcher: Searcher) -
         web.Server(searcher, title="second", port=port)
 
 
+def _listen_to_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_the_command_serves_until_it_is_interrupted(made: Artifact, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gmail_cli.cli", "serve", str(made.path), "--port", "0"]
     environment = {**shell_environment(tmp_path), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        preexec_fn=_listen_to_interrupts,  # noqa: PLW1509 - no threads yet
+            signal.SIGINT, signal.default_int_handler
+        ),  # a gate in the background ignores it
     ) as process:
         assert process.stdout is not None
         url = urlsplit(process.stdout.readline().strip())

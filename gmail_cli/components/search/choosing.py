@@ -39,6 +39,7 @@ PATIENCE = 300.0
 
 MIB = 1024 * 1024
 K = 10
+_PLATEAU = 0.02  # gain in recall by twice the effort below which the codes, not the cells, are what is missing
 _TIMED_QUERIES = 100
 _TIMED_SECONDS = 2.0
 _HNSW_TRIAL = 4000
@@ -384,7 +385,7 @@ class _Job:
     def tune(self, index: VectorIndex, vectors: Any) -> float:
         """Set the least effort whose recall reaches the target with two standard errors to spare; the recall at it.
 
-        Codes are given up when twice the last gain would not be enough.
+        Codes are given up where doubling the effort gains next to nothing any more and twice that would not be enough.
         """
         if index.kind == "flat":
             return 1.0  # it is the exact search that the others are measured against
@@ -401,7 +402,8 @@ class _Job:
         low, before = 0, 0.0
         for effort in _doubling(min(first, index.most), index.most):
             recall, enough = recall_at(effort)
-            hopeless = coded and low and recall + 2 * (recall - before) < self.limits.recall
+            gain = recall - before
+            hopeless = coded and low and gain < _PLATEAU and recall + 2 * gain < self.limits.recall
             if enough or hopeless:
                 break
             low, before = effort, recall
