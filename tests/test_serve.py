@@ -303,8 +303,6 @@ def test_the_command_serves_until_it_is_interrupted(made: Artifact, tmp_path: Pa
         env=environment,
         cwd=tmp_path,
         preexec_fn=_listen_to_interrupts,  # noqa: PLW1509 - no threads yet
-            signal.SIGINT, signal.default_int_handler
-        ),  # a gate in the background ignores it
     ) as process:
         assert process.stdout is not None
         url = urlsplit(process.stdout.readline().strip())
