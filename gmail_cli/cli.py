@@ -18,6 +18,7 @@ import typer
 from gmail_cli import __version__, shipped
 from gmail_cli.cli_gate import AnnotationsOption, BaselineOption, Gate, JunitOption, ToleranceOption
 from gmail_cli.cli_score import app as score_app
+from gmail_cli.cli_search import Flow, count
 from gmail_cli.cli_search import app as search_app
 from gmail_cli.errors import GmailError, InputError, UsageError
 from gmail_cli.progress import Progress
@@ -45,23 +46,8 @@ app.add_typer(profile_app, name="profile")
 app.add_typer(artifacts_app, name="artifacts")
 
 
-def _count(value: str | int) -> int:
-    """The number of an option that counts something (as typed, or its default)."""
-    text = str(value)
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is not a whole number of at least 1; leave it out for the default.")
-    return int(text)
-
-
 def _complete_profile(incomplete: str) -> list[str]:
     return [name for name in shipped.profiles() if name.startswith(incomplete)]
-
-
-class Flow(str, Enum):
-    """What images are, and so which encoder they go through."""
-
-    REAL = "real"
-    GENERATED = "generated"
 
 
 class OnBad(str, Enum):
@@ -117,7 +103,7 @@ ImagesOption = Annotated[
 ]
 LimitOption = Annotated[
     int | None,
-    typer.Option("--limit", parser=_count, metavar="N", help="Use the first N images with all their captions."),
+    typer.Option("--limit", parser=count, metavar="N", help="Use the first N images with all their captions."),
 ]
 FlowOption = Annotated[
     Flow | None,
@@ -142,7 +128,7 @@ def _root(
 @app.command()
 def generate(
     captions: CaptionsOption = None,
-    per_caption: Annotated[int | None, typer.Option(parser=_count, metavar="K", help="Images per caption.")] = None,
+    per_caption: Annotated[int | None, typer.Option(parser=count, metavar="K", help="Images per caption.")] = None,
     limit: LimitOption = None,
     import_: Annotated[
         str | None,
@@ -498,7 +484,7 @@ def artifacts_verify(
     paths: Annotated[list[Path] | None, typer.Argument(metavar="ARTIFACT")] = None,
     regenerate: Annotated[
         int | None,
-        typer.Option(parser=_count, metavar="N", help="Also draw N random images of a generate artifact again."),
+        typer.Option(parser=count, metavar="N", help="Also draw N random images of a generate artifact again."),
     ] = None,
     profile: ProfileOption = None,
     overrides: SetOption = None,

@@ -18,7 +18,7 @@ app = typer.Typer(rich_markup_mode=None)
 
 
 class Flow(str, Enum):
-    """What an image searched with is."""
+    """What images are, and so which encoder they go through."""
 
     REAL = "real"
     GENERATED = "generated"
@@ -31,7 +31,8 @@ AlignedOption = Annotated[
 ]
 
 
-def _count(value: str | int) -> int:
+def count(value: str | int) -> int:
+    """The number of an option that counts something (as typed, or its default)."""
     text = str(value)
     if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is not a whole number of at least 1; leave it out for the default.")
@@ -46,7 +47,7 @@ def search(
     flow: Annotated[
         Flow, typer.Option(help="What --image is: a photograph goes through f_r, a generated image through f_g.")
     ] = Flow.REAL,
-    k: Annotated[int, typer.Option("--top", "-k", parser=_count, metavar="K", help="How many.")] = 10,
+    k: Annotated[int, typer.Option("--top", "-k", parser=count, metavar="K", help="How many.")] = 10,
     table: Annotated[
         str | None, typer.Option(metavar="NAME", help="Which index of the artifact; default: test-images.")
     ] = None,
