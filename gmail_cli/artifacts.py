@@ -657,35 +657,41 @@ class Workspace:
         return sorted(found, key=lambda each: (STAGES.index(each.stage), each.manifest["created"]))
 
     def garbage(self) -> list[Path]:
-        """Folders of the run that nothing needs: unfinished ones, and complete ones that neither ``latest``
-        nor an input of something kept refers to."""
-        artifacts = {artifact.digest: artifact for artifact in self.artifacts()}
-        wanted = [latest.digest for stage in STAGES if (latest := self.latest(stage))]
+        """Folders of the run that nothing needs and no living process writes: unfinished ones, and complete ones that
+        neither ``latest`` nor an input of something kept refers to, in this run or another of the same root."""
+        return list(self._garbage())
+
+    def collect_garbage(self) -> list[Path]:
+        """Delete :meth:`garbage`.
+
+        Returns:
+            The folders deleted.
+        """
+        removed = []
+        for path in self._garbage():
+            shutil.rmtree(path)
+            removed.append(path)
+        return removed
+
+    def _garbage(self) -> Iterator[Path]:
+        """Each folder of :meth:`garbage`, with its lock held while the caller looks at it."""
+        runs = [Workspace(self.root, path.name) for path in sorted(self.root.glob("[!.]*")) if path.is_dir()]
+        artifacts = {artifact.digest: artifact for run in runs for artifact in run.artifacts()}
+        wanted = [latest.digest for run in runs for stage in STAGES if (latest := run.latest(stage))]
         kept: set[str] = set()
         while wanted:
             digest = wanted.pop()
             if digest in artifacts and digest not in kept:
                 kept.add(digest)
                 wanted += artifacts[digest].manifest["key"]["inputs"].values()
-        partials = [path for stage in STAGES for path in sorted(self.folder(stage).glob("*.partial"))]
-        return partials + [artifact.path for digest, artifact in artifacts.items() if digest not in kept]
-
-    def collect_garbage(self) -> list[Path]:
-        """Delete :meth:`garbage`, but nothing that a living process is writing.
-
-        Returns:
-            The folders deleted.
-        """
-        removed = []
-        for path in self.garbage():
+        unfinished = [path for stage in STAGES for path in sorted(self.folder(stage).glob("*.partial"))]
+        for path in unfinished + [artifact.path for artifact in self.artifacts() if artifact.digest not in kept]:
             lock = _Lock(self.root / self.run / ".locks" / f"{path.parent.name}-{path.name[:12]}", None)
             if lock.try_acquire():
                 try:
-                    shutil.rmtree(path)
-                    removed.append(path)
+                    yield path
                 finally:
                     lock.release()
-        return removed
 
 
 @functools.lru_cache(maxsize=1)

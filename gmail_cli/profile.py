@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -523,13 +523,17 @@ def loads(text: str, *, overrides: Iterable[str] = (), origin: str = "profile", 
         hint = "Correct that place; `gmail profile show tiny` prints a profile that loads."
         raise UsageError(f"{origin} is not valid TOML: {error}", hint=hint) from error
     values.setdefault("name", name)
-    for override in overrides:
-        _apply(values, override)
-    return build(values, origin=origin)
+    typed = {_apply(values, override) for override in overrides}
+    return build(values, origin=origin, typed=typed)
 
 
-def build(values: Mapping[str, Any], *, origin: str = "profile") -> Profile:
+def build(values: Mapping[str, Any], *, origin: str = "profile", typed: Collection[str] = ()) -> Profile:
     """Validate nested values into a :class:`Profile`.
+
+    Args:
+        values: What the TOML says.
+        origin: Where it stands, for the message.
+        typed: Keys that came from the command line, for the message.
 
     Raises:
         UsageError: Names each wrong key, its value, what is allowed and the nearest known key.
@@ -537,10 +541,16 @@ def build(values: Mapping[str, Any], *, origin: str = "profile") -> Profile:
     try:
         return Profile.model_validate(values)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{origin}: {_explain(item)}" for item in error.errors()[:8])) from None
+        lines = []
+        for item in error.errors()[:8]:
+            key = ".".join(map(str, item["loc"])) + "."
+            by_option = any(key.startswith(f"{each}.") or f"{each}.".startswith(key) for each in typed)
+            lines.append(f"{'--set' if by_option else origin}: {_explain(item)}")
+        raise UsageError("\n".join(lines)) from None
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> str:
+    """Set what one ``--set`` says; returns its key."""
     key, equals, raw = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -556,6 +566,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise UsageError(f"--set {override!r}: {part!r} is not a section")
     table[parts[-1]] = value
+    return ".".join(parts)
 
 
 def _explain(item: Any) -> str:

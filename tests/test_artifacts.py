@@ -284,9 +284,20 @@ def test_gc_leaves_what_a_process_is_writing(tmp_path: Path) -> None:
     process = start(tmp_path, 50, 0.05)
     assert process.stdout is not None
     process.stdout.readline()
+    assert workspace.garbage() == []
     assert workspace.collect_garbage() == []
     out, _ = process.communicate(timeout=60)
     assert out == "done\n"
+
+
+def test_gc_keeps_what_another_run_was_made_from(tmp_path: Path) -> None:
+    workspace, other = Workspace(tmp_path, "r"), Workspace(tmp_path, "s")
+    used, unused = make(workspace, rank=1), make(workspace, rank=2)
+    newest = make(workspace, rank=3)
+    with other.open(StageKey(stage="train", version=1, settings={}, inputs={"aligned": used.digest})) as slot:
+        slot.commit(summary={})
+    assert workspace.collect_garbage() == [unused.path]
+    assert {artifact.digest for artifact in workspace.artifacts()} == {used.digest, newest.digest}
 
 
 @pytest.mark.parametrize("run", ["", "..", "a/b", ".hidden", "a\\b"])

@@ -93,7 +93,7 @@ def test_profile_list_check_and_schema(tmp_path: Path) -> None:
         (
             ("align", "--set", "align.lora_rnak=8"),
             2,
-            "error: tiny.toml: unknown key 'align.lora_rnak'; did you mean 'lora_rank'?",
+            "error: --set: unknown key 'align.lora_rnak'; did you mean 'lora_rank'?",
         ),
         (("align", "--profile", "tinny"), 2, "error: --profile: no profile 'tinny'\nhint: Did you mean 'tiny'?"),
         (

@@ -74,6 +74,15 @@ def test_a_bad_override_is_named(override: str, expected: str) -> None:
     with pytest.raises(UsageError) as caught:
         profiles.load("tiny", overrides=[override])
     assert expected in str(caught.value)
+    assert str(caught.value).startswith("--set"), "it was typed, not read from the profile"
+
+
+def test_a_bad_key_of_a_file_is_named_with_the_file() -> None:
+    with pytest.raises(UsageError) as caught:
+        profiles.loads("[data]\ntrian = 1\n", overrides=["data.limit=3"], origin="mine.toml")
+    first, second = sorted(str(caught.value).splitlines())
+    assert first.startswith("--set: unknown key 'data.limit'")
+    assert second.startswith("mine.toml: unknown key 'data.trian'")
 
 
 def test_overrides_take_toml_values_and_bare_strings() -> None:
