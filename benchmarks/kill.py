@@ -3,14 +3,14 @@
     python benchmarks/kill.py [--kills 3] [--seed 0] [--set section.key=value ...]
 
 Runs generate, align, train and embed of the profile `tiny` twice: once undisturbed in ./whole, once in ./killed, where
-each command is killed with its children `--kills` times, at moments drawn between 0 and the time the undisturbed one
-took after its start-up. Prints a line for each stage and exits with 1 unless manifest digest and the hash of every file
-are the same.
+each command is killed with its children `--kills` times, at random moments after it has begun to write. Prints a line
+for each stage and exits with 1 unless manifest digest and the hash of every file are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -42,6 +42,21 @@ def finish(process: subprocess.Popen[str], *, folder: Path) -> Artifact:
     return Artifact.load(folder / output.strip())
 
 
+def written(stage: str, *, folder: Path) -> dict[Path, int]:
+    found = {}
+    for path in folder.glob(f"runs/tiny/{stage}/*.partial/**/*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+
+def wait_for_writing(stage: str, *, folder: Path, process: subprocess.Popen[str]) -> None:
+    """Until the command has written something into its unfinished folder, or has ended."""
+    before = written(stage, folder=folder)
+    while process.poll() is None and written(stage, folder=folder) == before:
+        time.sleep(0.05)
+
+
 def contents(artifact: Artifact) -> dict[str, str]:
     """File -> SHA-256 of every file of the artifact but its manifest, which holds times."""
     files = sorted(path for path in artifact.path.rglob("*") if path.is_file() and path.name != "manifest.json")
@@ -56,19 +71,20 @@ def main() -> None:
     arguments = parser.parse_args()
     options = [part for setting in (*QUICK, *arguments.set) for part in ("--set", setting)]
     moments = random.Random(arguments.seed)
-    began = time.monotonic()
-    subprocess.run(["gmail", "align", "--profile", "tiny", "--dry-run", *options], capture_output=True, check=False)
-    startup = time.monotonic() - began
     failed = False
     for stage in STAGES:
         began = time.monotonic()
-        whole = finish(start(stage, folder=Path("whole"), options=options), folder=Path("whole"))
-        took = time.monotonic() - began
+        undisturbed = start(stage, folder=Path("whole"), options=options)
+        wait_for_writing(stage, folder=Path("whole"), process=undisturbed)
+        writing = time.monotonic()
+        whole = finish(undisturbed, folder=Path("whole"))
+        took, share = time.monotonic() - began, (time.monotonic() - writing) / arguments.kills
         killed = 0
         for _ in range(arguments.kills):
             process = start(stage, folder=Path("killed"), options=options)
+            wait_for_writing(stage, folder=Path("killed"), process=process)
             try:
-                process.wait(timeout=startup + moments.uniform(0, max(took - startup, 1)))
+                process.wait(timeout=moments.uniform(0, share))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()

@@ -256,3 +256,13 @@ def test_labels_stand_in_where_captions_are_worded_differently():
     assert isinstance(task, Classes)
     np.testing.assert_array_equal(task.said, [1, 0] * 4)
     np.testing.assert_array_equal(task.right, np.eye(2, dtype=bool)[[1, 0] * 4])
+
+
+def test_labels_do_not_stand_in_for_captions_of_the_real_images():
+    made = [GeneratedFrom(f"r{row}", f"photo {row}", "cat" if row % 2 else "dog") for row in range(8)]
+    held = [RealImage(f"h{row}", frozenset({f"held {row}"}), "cat" if row % 2 else "dog") for row in range(8)]
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.arange(len(texts), dtype=np.float32)[:, None]
+
+    assert isinstance(transfer.make_task(made, held, embed=embed, scale=1.0, captioned=True), Captions)

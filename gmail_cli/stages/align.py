@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gmail_cli.components.pixels import Pixels
     from gmail_cli.components.tuning import TunedTower
 
-VERSION = 3
+VERSION = 4
 TRANSFER_ROWS = 20_000
 """Most generated training images that transfer is fitted on."""
 JUDGED = 5_000
@@ -518,6 +518,7 @@ def _validate(profile: Profile, work: _Work, merged: Clip) -> dict[str, Any]:
             real,
             embed=lambda texts: encoders.embed_texts(work.clip, texts)[0],
             scale=_text_scale(work.clip),
+            captioned=partners.method == "caption",
             seed=profile.seed,
         ),
         objective=profile.align.objective,
