@@ -770,8 +770,15 @@ def _fail(error: GmailError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+SPIN = "1000"
+"""Turns that a thread of OpenMP waits awake for the others before it sleeps. With libgomp's own 300,000 a step of
+training beside other busy processes takes three to four times as long (benchmarks/contention.py)."""
+
+
 def main() -> None:
     """Entry point of the ``gmail`` command."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is imported
     try:
         app()
     except GmailError as error:
