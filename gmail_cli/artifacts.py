@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "gmail.manifest/1"
-STAGES = ("generate", "align", "train", "embed", "index", "eval")
+VERSIONS: Mapping[str, int] = {"generate": 1, "align": 4, "train": 1, "embed": 2, "index": 2, "eval": 2}
+"""The stages in order, each with its own version: raised when the same settings would give other bytes, or bytes that
+other stages read in another way."""
+STAGES = tuple(VERSIONS)
 _JOURNAL = "files.jsonl"
 _PROGRESS = "progress.json"
 _SCRATCH = "scratch"
@@ -105,19 +108,22 @@ class StageKey:
 
     Attributes:
         stage: One of ``STAGES``.
-        version: The stage's own version; raised when the same settings would give other bytes.
         settings: The validated profile section (and other settings the stage reads), JSON-able.
         inputs: Name -> digest of each artifact or dataset read.
         models: Name -> digest or revision of each model used.
         seed: The run's seed.
+        version: Of the stage, from ``VERSIONS``.
     """
 
     stage: str
-    version: int
     settings: Mapping[str, Any]
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     models: Mapping[str, str] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    version: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", VERSIONS[self.stage])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -137,11 +143,16 @@ class Artifact:
     manifest: Mapping[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> Artifact:
+    def load(cls, path: Path, *, any_version: bool = False) -> Artifact:
         """Read a complete artifact's manifest.
 
+        Args:
+            path: Its folder.
+            any_version: Also take what another version of its stage made: to list or delete it, never to read on from.
+
         Raises:
-            InputError: Not an artifact, unfinished, or its manifest cannot be read.
+            InputError: Not an artifact, unfinished, its manifest cannot be read, or another version of its stage made
+                it.
         """
         path = Path(path)
         file = path / MANIFEST
@@ -157,7 +168,10 @@ class Artifact:
             raise InputError(f"{file} cannot be read: {error}", hint="Delete the folder and run again.") from error
         if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
             raise InputError(f"{file} is not a {MANIFEST_SCHEMA} manifest", hint="Delete the folder and run again.")
-        return cls(path.resolve(), manifest)
+        artifact = cls(path.resolve(), manifest)
+        if not any_version:
+            artifact.require_version()
+        return artifact
 
     @property
     def stage(self) -> str:
@@ -183,6 +197,19 @@ class Artifact:
     def files(self) -> Mapping[str, Mapping[str, Any]]:
         """Name -> {sha256, size} of each payload file."""
         return self.manifest["files"]
+
+    def require_version(self) -> None:
+        """Refuse what another version of its stage made: its files may mean something else.
+
+        Raises:
+            InputError: Names both versions.
+        """
+        made, known = self.manifest["key"]["version"], VERSIONS.get(self.stage)
+        if made != known:
+            raise InputError(
+                f"{self.path} was made by version {made} of `gmail {self.stage}`, and this gmail has version {known}",
+                hint=f"Run `gmail {self.stage}` again: it makes a new one beside it.",
+            )
 
     def file(self, name: str) -> Path:
         """The path of a payload file.
@@ -641,15 +668,15 @@ class Workspace:
         """Whether an interrupted attempt at the key is there to resume."""
         return (self.folder(key.stage) / f"{key.digest[:12]}.partial").is_dir()
 
-    def latest(self, stage: str) -> Artifact | None:
-        """The artifact a stage completed or reused last."""
+    def latest(self, stage: str, *, any_version: bool = False) -> Artifact | None:
+        """The artifact a stage completed or reused last; see :meth:`Artifact.load`."""
         path = self.folder(stage) / "latest"
-        return Artifact.load(path) if (path / MANIFEST).is_file() else None
+        return Artifact.load(path, any_version=any_version) if (path / MANIFEST).is_file() else None
 
     def artifacts(self) -> list[Artifact]:
-        """Every complete artifact of the run, by stage and time."""
+        """Every complete artifact of the run, of whatever version, by stage and time."""
         found = [
-            Artifact.load(path)
+            Artifact.load(path, any_version=True)
             for stage in STAGES
             for path in sorted(self.folder(stage).glob("*"))
             if path.name != "latest" and not path.name.endswith(".partial") and (path / MANIFEST).is_file()
@@ -677,7 +704,7 @@ class Workspace:
         """Each folder of :meth:`garbage`, with its lock held while the caller looks at it."""
         runs = [Workspace(self.root, path.name) for path in sorted(self.root.glob("[!.]*")) if path.is_dir()]
         artifacts = {artifact.digest: artifact for run in runs for artifact in run.artifacts()}
-        wanted = [latest.digest for run in runs for stage in STAGES if (latest := run.latest(stage))]
+        wanted = [latest.digest for run in runs for stage in STAGES if (latest := run.latest(stage, any_version=True))]
         kept: set[str] = set()
         while wanted:
             digest = wanted.pop()

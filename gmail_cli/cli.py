@@ -461,7 +461,7 @@ def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) ->
     """Print an artifact's manifest."""
     from gmail_cli.artifacts import Artifact
 
-    typer.echo(json.dumps(Artifact.load(path).manifest, indent=1, ensure_ascii=False))
+    typer.echo(json.dumps(Artifact.load(path, any_version=True).manifest, indent=1, ensure_ascii=False))
 
 
 @artifacts_app.command(name="export")
@@ -497,7 +497,7 @@ def artifacts_verify(
     """
     from gmail_cli.artifacts import Artifact
 
-    found = [Artifact.load(path) for path in paths] if paths else []
+    found = [Artifact.load(path, any_version=True) for path in paths] if paths else []
     if not paths:
         found = [artifact for space in _workspaces(workspace, run) for artifact in space.artifacts()]
     problems = [(artifact, problem) for artifact in found for problem in artifact.verify()]

@@ -75,7 +75,7 @@ def find_inputs(
         optional_only: The stage has another source (files), so nothing is required and nothing is guessed.
 
     Raises:
-        InputError: A required input is neither given nor there.
+        InputError: A required input is neither given nor there, or another version of its stage made one.
     """
     wrong = {name: artifact for name, artifact in given.items() if artifact.stage != MAKER[name]}
     for name, artifact in wrong.items():
@@ -87,8 +87,9 @@ def find_inputs(
         for origin in given.values():
             for ancestor in _ancestors(origin, by_digest):
                 for name in INPUTS[stage]:
-                    if MAKER[name] == ancestor.stage:
-                        found.setdefault(name, ancestor)
+                    if MAKER[name] == ancestor.stage and name not in found:
+                        ancestor.require_version()
+                        found[name] = ancestor
     elif not optional_only:
         for name in INPUTS[stage]:
             latest = workspace.latest(MAKER[name])
@@ -137,7 +138,7 @@ def _step(stage: str, key: StageKey, workspace: Workspace) -> Step:
     complete = workspace.find(key)
     if complete is not None:
         return Step(stage=stage, key=key, state="complete", changed=(), path=complete.path)
-    latest = workspace.latest(stage)
+    latest = workspace.latest(stage, any_version=True)
     changed = tuple(_differences(latest.manifest["key"], key.to_json())) if latest else ()
     state: Literal["resume", "run"] = "resume" if workspace.is_partial(key) else "run"
     return Step(stage=stage, key=key, state=state, changed=changed, path=None)

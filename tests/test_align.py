@@ -48,7 +48,7 @@ def _fake_generation(
     workspace: Workspace, rows: list[dict[str, Any]], images: list[Image.Image], name: str
 ) -> Artifact:
     """A generate artifact with these images, as an import would write it."""
-    with workspace.open(StageKey(stage="generate", version=1, settings={"name": name})) as slot:
+    with workspace.open(StageKey(stage="generate", settings={"name": name})) as slot:
         if slot.done:
             return slot.artifact
         records = []

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gmail_cli import artifacts, plan
 from gmail_cli.artifacts import Artifact, StageKey, Workspace, canonical_json, digest_of, folder_digest
 from gmail_cli.errors import InputError, UsageError
 
@@ -30,7 +31,7 @@ JSON = st.recursive(
 
 
 def key(**settings: Any) -> StageKey:
-    return StageKey(stage="align", version=1, settings=settings)
+    return StageKey(stage="align", settings=settings)
 
 
 def make(workspace: Workspace, *, note: str = "x", **settings: Any) -> Artifact:
@@ -55,7 +56,9 @@ def test_a_digest_depends_on_values_not_on_their_order(value: Any, name: str, nu
 @given(st.dictionaries(st.sampled_from(["lr", "rank", "name"]), JSON, max_size=3))
 def test_a_key_round_trips_through_the_manifest(settings: dict[str, Any]) -> None:
     made = key(**settings)
-    assert StageKey(**made.to_json()).digest == made.digest
+    written = made.to_json()
+    assert written.pop("version") == artifacts.VERSIONS["align"]
+    assert StageKey(**written).digest == made.digest
 
 
 def test_commit_reuse_and_verify(tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ WORKER = textwrap.dedent(
     from pathlib import Path
     from gmail_cli.artifacts import StageKey, Workspace
     workspace = Workspace(Path(sys.argv[1]), "r", on_wait=lambda text: print("waits", text, flush=True))
-    with workspace.open(StageKey(stage="align", version=1, settings={})) as slot:
+    with workspace.open(StageKey(stage="align", settings={})) as slot:
         if slot.done:
             print("reused", flush=True)
         else:
@@ -269,7 +272,7 @@ def test_garbage_is_what_no_latest_needs(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path, "r")
     old = make(workspace, rank=1)
     parent = make(workspace, rank=2)
-    with workspace.open(StageKey(stage="train", version=1, settings={}, inputs={"aligned": parent.digest})) as slot:
+    with workspace.open(StageKey(stage="train", settings={}, inputs={"aligned": parent.digest})) as slot:
         child = slot.commit(summary={})
     newest = make(workspace, rank=3)
     with workspace.open(key(rank=4)) as slot:
@@ -315,6 +318,33 @@ def test_loading_what_is_no_artifact_says_so(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match=r"not a gmail\.manifest/1"):
         Artifact.load(tmp_path)
+
+
+def test_what_another_version_of_a_stage_made_is_refused_but_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(tmp_path, "r")
+    old, now = make(workspace), artifacts.VERSIONS["align"]
+    monkeypatch.setitem(artifacts.VERSIONS, "align", now + 1)
+    said = rf"was made by version {now} of `gmail align`, and this gmail has version {now + 1}"
+    for read in (
+        lambda: Artifact.load(old.path),
+        lambda: workspace.latest("align"),
+        lambda: plan.find_inputs("embed", workspace, given={}),
+    ):
+        with pytest.raises(InputError, match=said) as refused:
+            read()
+        assert refused.value.hint.startswith("Run `gmail align` again")
+    with workspace.open(StageKey(stage="train", settings={}, inputs={"aligned": old.digest})) as slot:
+        child = slot.commit(summary={})
+    with pytest.raises(InputError, match=said):  # an input is found through what was made from it
+        plan.find_inputs("embed", workspace, given={"train": child})
+    assert [each.digest for each in workspace.artifacts()] == [old.digest, child.digest]
+    assert workspace.garbage() == []
+    new = make(workspace)
+    assert new.digest != old.digest
+    assert Artifact.load(new.path).digest == new.digest
+    assert Artifact.load(old.path, any_version=True).verify() == []
 
 
 def test_a_model_folder_digest_follows_its_bytes(tmp_path: Path) -> None:

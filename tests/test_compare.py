@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_cli import gmail
 
+from gmail_cli import artifacts
 from gmail_cli.artifacts import StageKey, Workspace
 from gmail_cli.components import comparison, scores
 from gmail_cli.components.comparison import Evaluation
@@ -113,7 +114,7 @@ def test_tables_hold_what_the_document_holds() -> None:
 
 def write(root: Path, run: str, correct: float, *, test_set: str = "t" * 64) -> Path:
     """An eval artifact as `gmail eval` leaves it, with one model."""
-    with Workspace(root, run).open(StageKey(stage="eval", version=2, settings={"correct": correct})) as slot:
+    with Workspace(root, run).open(StageKey(stage="eval", settings={"correct": correct})) as slot:
         rows = scores.to_parquet(cell(correct).scores)
         assert rows is not None
         slot.write_parquet("queries/one.parquet", rows)
@@ -138,17 +139,17 @@ def test_the_command_finds_runs_by_name_folder_and_artifact(tmp_path: Path) -> N
     assert [row["label"] for row in both["runs"]] == [f"second/{each.name[:6]}" for each in (path, again)]
 
 
-def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
+def test_the_command_says_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "runs", "first", 0.5)
     write(tmp_path / "runs", "other", 0.5, test_set="u" * 64)
-    with Workspace(tmp_path / "runs", "old").open(StageKey(stage="eval", version=1, settings={})) as slot:
-        slot.write_json("results.json", {"protocol": "p/1"})
-        slot.commit(summary={})
+    with monkeypatch.context() as before:
+        before.setitem(artifacts.VERSIONS, "eval", 1)
+        write(tmp_path / "runs", "old", 0.5)
     for arguments, message in (
         (("first", "third"), "error: no evaluation of 'third' in runs\nhint: Runs that have one: first, old, other."),
         (("first", "runs/first"), "which is compared already"),
         (("first", "other"), "were tested on different sets"),
-        (("first", "old"), "does not hold what its models did with each query\nhint: Run gmail eval again"),
+        (("first", "old"), "was made by version 1 of `gmail eval`, and this gmail has version"),
     ):
         done = gmail("compare", *arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (3, "")

@@ -47,7 +47,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def generated(workspace: Workspace) -> Artifact:
     """Two images of each training scene: the scene itself, byte for byte."""
     scenes = reader.read("scenes:train", limit=TRAIN, scene_size=32)
-    with workspace.open(StageKey(stage="generate", version=1, settings={})) as slot:
+    with workspace.open(StageKey(stage="generate", settings={})) as slot:
         records = []
         for row, image in enumerate(scenes.images):
             for caption in scenes.captions_of(image.id)[:2]:
@@ -75,7 +75,7 @@ def generated(workspace: Workspace) -> Artifact:
 def _model_artifact(
     workspace: Workspace, stage: str, folders: dict[str, Path], cells: list[dict[str, Any]]
 ) -> Artifact:
-    with workspace.open(StageKey(stage=stage, version=1, settings={})) as slot:
+    with workspace.open(StageKey(stage=stage, settings={})) as slot:
         for name, source in folders.items():
             clip = encoders.load_clip(source)
             slot.write_folder(name, lambda folder, clip=clip: encoders.save_clip(clip, folder))

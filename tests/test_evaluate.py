@@ -110,7 +110,7 @@ class World:
             tables.append(table("gap-generated-aligned", self.images + 0.1 * shift, pairs, "image", "generated"))
         origins = sources.origins(profile or self.profile())
         chosen = {"plain": plain, "origins": origins, "flow": flow, "real_encoder": real_encoder}
-        key = StageKey(stage="embed", version=1, settings=chosen)
+        key = StageKey(stage="embed", settings=chosen)
         with self.workspace.open(key) as slot:
             for each in tables if not slot.done else ():
                 write(slot, each)
@@ -119,7 +119,7 @@ class World:
     def generated(self, *, leak: bool = False) -> Artifact:
         source = self.test if leak else self.train
         records = []
-        with self.workspace.open(StageKey(stage="generate", version=1, settings={"leak": leak})) as slot:
+        with self.workspace.open(StageKey(stage="generate", settings={"leak": leak})) as slot:
             if slot.done:
                 return slot.artifact
             for number, caption in enumerate(source.captions[:12]):
@@ -153,7 +153,7 @@ class World:
             for arm in ("generated-naive", "generated-aligned")
         ]
         cells += [{"task": "clipcap", "arm": "real", "seed": 0, "dual_projection": dual} for dual in (False, True)]
-        with self.workspace.open(StageKey(stage="train", version=1, settings={})) as slot:
+        with self.workspace.open(StageKey(stage="train", settings={})) as slot:
             if slot.done:
                 return slot.artifact
             for cell in cells:
@@ -196,7 +196,7 @@ class World:
         heads.save_head(captioner, folder)
 
     def aligned(self) -> Artifact:
-        with self.workspace.open(StageKey(stage="align", version=1, settings={})) as slot:
+        with self.workspace.open(StageKey(stage="align", settings={})) as slot:
             if slot.done:
                 return slot.artifact
             slot.write_jsonl("metrics.jsonl", [{"step": step, "loss": 3 - step / 9} for step in range(9)])

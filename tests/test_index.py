@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def table(
 
 def embed(workspace: Workspace, *tables: Table) -> Artifact:
     described = [{**asdict(each.header), "first": each.ids[0]} for each in tables]
-    key = StageKey(stage="embed", version=1, settings={"tables": described})
+    key = StageKey(stage="embed", settings={"tables": described})
     with workspace.open(key) as slot:
         if slot.done:
             return slot.artifact
@@ -262,14 +261,3 @@ def test_lists_on_disk_are_part_of_the_artifact(workspace: Workspace) -> None:
     made.file("test-images.lists").write_bytes(made.file("test-images.lists").read_bytes()[:-9])
     with pytest.raises(InputError, match=r"test-images\.lists has \d+ bytes"):
         nearest(made, TEXTS.vectors[:1])
-
-
-def test_an_index_of_an_earlier_version_is_named(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path, "old")
-    artifact = index.run(profile(), workspace, embeddings=embed(workspace, table("test-images")))
-    file = artifact.file("index.json")
-    described = artifact.read_json("index.json")
-    del described["tables"]["test-images"]["storage"]
-    file.write_text(json.dumps(described))
-    with pytest.raises(InputError, match="made by an earlier version of gmail"):
-        sources.open_index(artifact, "test-images")

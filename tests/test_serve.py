@@ -115,7 +115,7 @@ def test_generated_images_go_through_the_aligned_tower(
         clip.model.visual.attnpool.c_proj.bias.neg_()
     artifacts = {}
     for name, digest in (("own", space), ("other", "0" * 64)):
-        key = StageKey(stage="align", version=1, settings={"name": name}, models={"clip": digest})
+        key = StageKey(stage="align", settings={"name": name}, models={"clip": digest})
         with Workspace(tmp_path / "runs", "other").open(key) as slot:
             slot.write_folder("clip", lambda folder: save_clip(clip, folder))
             artifacts[name] = slot.commit(summary={})

@@ -74,7 +74,7 @@ class World:
     def _make_generated(self) -> None:
         """Two "generated" images of each scene's first two captions: other scenes' brighter cousins."""
         data = captions.read("scenes:train", limit=IMAGES, scene_size=SIDE)
-        with self.workspace.open(StageKey(stage="generate", version=1, settings={})) as slot:
+        with self.workspace.open(StageKey(stage="generate", settings={})) as slot:
             for image in data.images:
                 for caption in data.captions_of(image.id)[:2]:
                     for k in range(2):
@@ -107,7 +107,7 @@ class World:
         with torch.no_grad():
             for parameter in clip.model.visual.parameters():
                 parameter.mul_(1.1)
-        with self.workspace.open(StageKey(stage="align", version=1, settings={})) as slot:
+        with self.workspace.open(StageKey(stage="align", settings={})) as slot:
             slot.write_folder("clip", lambda folder: save_clip(clip, folder))
             slot.commit(summary={})
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from gmail_cli.components.pixels import Pixels
     from gmail_cli.components.tuning import TunedTower
 
-VERSION = 4
 TRANSFER_ROWS = 20_000
 """Most generated training images that transfer is fitted on."""
 JUDGED = 5_000
@@ -96,7 +95,6 @@ def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
         del chosen[name]
     return StageKey(
         stage="align",
-        version=VERSION,
         settings=chosen,
         inputs={"generated": generated, "real": real.fingerprint},
         models={"clip": model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)},

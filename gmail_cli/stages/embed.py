@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from gmail_cli.components.images import GeneratedSet
     from gmail_cli.components.tables import Flow
 
-VERSION = 2
 TEXT_TASKS = ("clip-text", "long-clip", "clip")
 """Tasks whose cells have a text tower of their own."""
 
@@ -229,7 +228,7 @@ def _key(profile: Profile, test: Dataset, given: Mapping[str, str]) -> StageKey:
         del chosen["gap_count"]
     digest = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     models = {"clip": digest}
-    return StageKey(stage="embed", version=VERSION, settings=chosen, inputs=inputs, models=models, seed=profile.seed)
+    return StageKey(stage="embed", settings=chosen, inputs=inputs, models=models, seed=profile.seed)
 
 
 # -- making it ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from gmail_cli.errors import GmailError, InputError
 from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
 
-VERSION = 2
 RESULTS = "results.json"
 IMAGES, TEXTS, CLASSES = "test-images", "test-texts", "test-classes"
 GAP_REAL = "gap-real"
@@ -57,7 +56,6 @@ def plan_key(
         inputs["extra_positives"] = digest_of(_extra_positives(profile))
     return StageKey(
         stage="eval",
-        version=VERSION,
         settings={name: value for name, value in settings(profile.eval).items() if name != "extra_positives"},
         inputs={name: digest for name, digest in inputs.items() if digest is not None},
         seed=profile.seed,

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from gmail_cli.components.captions import Caption, Dataset, Image
 
-VERSION = 1
 RECORDS = "records.jsonl"
 PER_FOLDER = 1000
 """Images in one folder."""
@@ -137,7 +136,8 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
         What differs, a sentence for each image; empty when all is as recorded.
 
     Raises:
-        InputError: Imported images, another artifact, or a pipeline that is not the one that drew it.
+        InputError: Imported images, another artifact, one of another version, or a pipeline that is not the one that
+            drew it.
     """
     import secrets
 
@@ -145,6 +145,7 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
         raise InputError(
             f"{artifact.path} holds no images that `gmail generate` drew", hint="Imported images cannot be drawn again."
         )
+    artifact.require_version()
     key = artifact.manifest["key"]
     own = {name: value for name, value in key["settings"].items() if name not in ("name", "source")}
     profile = profile.model_copy(
@@ -243,7 +244,7 @@ def _key(profile: Profile, dataset: Dataset, plan: list[Planned]) -> StageKey:
             del chosen[unused]
         chosen["name"] = generate.name or "import"
         inputs = {"images": dataset.fingerprint, "captions": digest_of(captions)}
-        return StageKey(stage="generate", version=VERSION, settings=chosen, inputs=inputs)
+        return StageKey(stage="generate", settings=chosen, inputs=inputs)
     if generate.format == "png":
         del chosen["quality"]
     place, folder = diffusion.locate(generate.model)
@@ -256,7 +257,6 @@ def _key(profile: Profile, dataset: Dataset, plan: list[Planned]) -> StageKey:
     chosen["name"] = generate.name or shown
     return StageKey(
         stage="generate",
-        version=VERSION,
         settings=chosen,
         inputs={"captions": digest_of(captions)},
         models={"generator": folder_digest(folder) if folder else f"{place}@{generate.revision}"},

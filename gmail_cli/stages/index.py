@@ -23,7 +23,6 @@ from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
 from gmail_cli.stages.sources import INDEX
 
-VERSION = 2
 MEASURED_QUERIES = 1000
 """Most queries the recall of an index is measured with."""
 
@@ -36,7 +35,6 @@ def plan_key(profile: Profile, *, embeddings: str) -> StageKey:
     """What `run` would make, for the digest of an embed artifact."""
     return StageKey(
         stage="index",
-        version=VERSION,
         settings=settings(profile.index),
         inputs={"embeddings": embeddings},
         seed=profile.seed,
@@ -125,7 +123,6 @@ def update(
     gone = _read_ids(remove) if remove is not None else []
     key = StageKey(
         stage="index",
-        version=VERSION,
         settings={"remove": digest_of(sorted(gone)), "rebuild": settings(profile.index) if rebuild else None},
         inputs={"index": index.digest, **({"embeddings": add.digest} if add else {})},
         seed=profile.seed,

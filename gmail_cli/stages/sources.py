@@ -122,9 +122,6 @@ def open_index(artifact: Artifact, table: str, *, resident: bool = False) -> Vec
     from gmail_cli.components import search
 
     expected = artifact.read_json(INDEX)["tables"][table]
-    if "storage" not in expected:
-        hint = "Run `gmail index` again: it makes a new one from the same embeddings."
-        raise InputError(f"{artifact.path} was made by an earlier version of gmail", hint=hint)
     names = [f"{table}.faiss", *([f"{table}.lists"] if expected["storage"] == "disk" else [])]
     for name in names:
         size, whole = artifact.file(name).stat().st_size, artifact.files[name]["size"]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gmail_cli.components.captions import Dataset
     from gmail_cli.components.loop import Job, Loss, Recipe
 
-VERSION = 1
 CELLS = "cells.json"
 RECORD = "cell.json"
 METRICS = "metrics.jsonl"
@@ -154,7 +153,7 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
     if "clipcap" in tasks:
         models["lm"] = _lm_digest(train.lm, train.lm_revision)
         del chosen["lm"], chosen["lm_revision"]
-    return StageKey(stage="train", version=VERSION, settings=chosen, inputs=inputs, models=models, seed=profile.seed)
+    return StageKey(stage="train", settings=chosen, inputs=inputs, models=models, seed=profile.seed)
 
 
 def run(
