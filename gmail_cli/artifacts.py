@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = "gmail.manifest/1"
-VERSIONS: Mapping[str, int] = {"generate": 1, "align": 4, "train": 1, "embed": 2, "index": 2, "eval": 2}
+VERSIONS: Mapping[str, int] = {"generate": 1, "align": 4, "train": 1, "embed": 2, "index": 2, "eval": 3}
 """The stages in order, each with its own version: raised when the same settings would give other bytes, or bytes that
 other stages read in another way."""
 STAGES = tuple(VERSIONS)

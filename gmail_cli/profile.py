@@ -342,6 +342,9 @@ class Embed(Section):
     with one a line, as CLIP_benchmark's `zeroshot_classification_templates.txt`."""
     gap_count: Limit = 1000
     """Pairs of real and generated images to measure the modality gap on (paper, Table 14 and Fig. 3); 0 for none."""
+    train_count: Limit = 0
+    """Labelled images of `data.train`, evenly spaced, to embed beside a labelled test set: `gmail eval` then gives the
+    accuracy of k-NN, nearest mean and linear probe on the features of each image tower. 0 for none."""
     batch_size: Count = 256
     """Images or texts per forward pass."""
     shard_rows: Count = 4096
@@ -398,6 +401,13 @@ class Eval(Section):
     """Level of the intervals."""
     meteor: Literal["auto", "on", "off"] = "auto"
     """METEOR needs Java; `auto` leaves it out where there is none, `on` fails."""
+    clip_score: bool = True
+    """Also score captions by CLIPScore and RefCLIPScore with `model.clip`, `A photo depicts ` before each caption and
+    reference; left out where the test images did not go through that very model."""
+    neighbours: Count = 20
+    """Votes of k-NN on image features (`embed.train_count`)."""
+    probe_strength: Annotated[float, Field(gt=0)] = 1.0
+    """Inverse strength of the penalty of the linear probe on image features, scikit-learn's C."""
     beams: Count = 1
     """Beams that captions are generated with; 1 is greedy."""
     caption_tokens: Count = 48

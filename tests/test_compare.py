@@ -13,7 +13,7 @@ from test_cli import gmail
 
 from gmail_cli import artifacts
 from gmail_cli.artifacts import StageKey, Workspace
-from gmail_cli.components import comparison, scores
+from gmail_cli.components import comparison, measure, scores
 from gmail_cli.components.comparison import Evaluation
 from gmail_cli.components.metrics.intervals import paired_difference
 from gmail_cli.components.scores import Cell, Scores
@@ -83,6 +83,60 @@ def test_one_label_is_tabulated_without_tests() -> None:
     found = comparison.compare([evaluation("a", cell(0.5)), evaluation("a", cell(0.6), seed=1)], draws=200)
     assert found["comparisons"] == []
     assert "differences" not in comparison.text(found)
+
+
+def captioned(words: str) -> Cell:
+    """A captioner that says the same of every image, scored against three references each."""
+    rng = np.random.default_rng(3)
+    known = ("a red ball on the grass", "one blue cube lies in snow", "a green cone stands on sand", "the red cube")
+    references = {f"{row}": [known[each] for each in rng.integers(len(known), size=3)] for row in range(40)}
+    found, _ = measure.captions(references, predictions=dict.fromkeys(references, words), meteor="off")
+    # METEOR's counts need Java: 4 words of each, of which as many match as BLEU-1 counts, in one chunk
+    counts = np.zeros((40, 23))
+    counts[:, [0, 1]], counts[:, [4, 5, 21, 22]], counts[:, 20] = 4, found["bleu_1"].columns[:, [2]], 1
+    found["meteor"] = replace(found["bleu_1"], columns=counts, statistic=scores.OF_CORPUS["meteor"])
+    return Cell(task="clipcap", arm="real", seed=0, scores=found)
+
+
+def test_metrics_of_a_whole_set_are_resampled_by_image_and_tested_in_pairs() -> None:
+    first, second = captioned("a red ball on sand"), captioned("a red ball on the grass")
+    stored = {}
+    for cell_ in (first, second):
+        table = scores.to_parquet(cell_.scores)
+        assert table is not None
+        stored[cell_.scores["bleu_4"].value] = kept = replace(cell_, scores=scores.from_parquet(table))
+        assert {name: each.value for name, each in kept.scores.items()} == pytest.approx(
+            {name: each.value for name, each in cell_.scores.items()}
+        )
+    assert len(stored) == 2
+    runs = [evaluation(label, cell_) for label, cell_ in zip("ab", stored.values(), strict=True)]
+    found = comparison.compare(runs, metrics=["all"], draws=200)
+    tests = {row["metric"]: row for row in found["comparisons"]}
+    assert set(tests) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"}
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(40, size=(200, 40))
+    for name in ("bleu_1", "bleu_4", "meteor"):
+        one, two = (each.scores[name] for each in (first, second))
+        of_draw = [
+            two.statistic(two.columns[rows].sum(axis=0, keepdims=True))[0]
+            - one.statistic(one.columns[rows].sum(axis=0, keepdims=True))[0]
+            for rows in drawn
+        ]
+        assert tests[name]["difference"] == pytest.approx(two.value - one.value)
+        assert (tests[name]["low"], tests[name]["high"]) == pytest.approx(tuple(np.quantile(of_draw, [0.025, 0.975])))
+        extreme = np.abs(np.array(of_draw) - tests[name]["difference"]) >= abs(tests[name]["difference"]) - 1e-12
+        assert tests[name]["p_value"] == pytest.approx(min(1, (extreme.sum() + 1) / 201 * 7), abs=0.1)
+    assert tests["bleu_4"]["low"] > 0
+
+
+def test_two_sets_of_queries_are_no_pair() -> None:
+    with pytest.raises(InputError, match="have 2 and 3 queries; a paired test needs the same ones"):
+        scores.difference(
+            Scores.mean(np.ones(2), groups=np.arange(2)),
+            other=Scores.mean(np.ones(3), groups=np.arange(3)),
+            draws=200,
+            level=0.9,
+        )
 
 
 def test_evaluations_that_do_not_fit_are_refused() -> None:

@@ -393,6 +393,47 @@ def test_texts_alone_are_exported_alone(
         embed.export(aligned, tmp_path / "other")
 
 
+# -- labelled training images ------------------------------------------------------------------------------------
+
+
+def _labelled(clips: dict[str, Path], **changes: Any) -> Profile:
+    base = _profile(clips, train_count=30).model_dump()
+    return profiles.build({**base, "data": {**base["data"], "train_limit": 60, "test_limit": 3, **changes}})
+
+
+def test_labelled_training_images_go_through_the_encoders_of_the_test_images(
+    clips: dict[str, Path], workspace: Workspace, train: Artifact
+):
+    made = embed.run(_labelled(clips), workspace, train=train)
+    assert made.digest == embed.plan_key(_labelled(clips), train=train.digest).digest
+    found = _tables(made)
+    scenes = reader.read("scenes:train", limit=60, scene_size=32)
+    rows = np.linspace(0, 59, 30).astype(int)
+    for name, model in (("train-images", "f_r"), ("train-images@clip.real.seed0", "cell")):
+        table, images = found[name], found[name.replace("train", "test")]
+        assert table.rows == [{"id": scenes.images[row].id, "label": scenes.images[row].label} for row in rows]
+        assert table.header.encoder_digest == images.header.encoder_digest
+        expected = encoders.embed_images(
+            encoders.load_clip(clips[model]), lambda place: scenes.image_bytes(rows[place]), len(rows)
+        )
+        np.testing.assert_allclose(table.vectors, expected, atol=1e-6)
+    assert not any(name.startswith("train-images@clip-text") for name in found)
+
+
+def test_training_images_without_the_classes_of_the_test_set_are_refused(
+    clips: dict[str, Path], workspace: Workspace, tmp_path: Path
+):
+    with pytest.raises(InputError, match=r"have class '\w+', and none of the 2 training images taken has it"):
+        embed.run(_labelled(clips, train_limit=2, test_limit=TEST), workspace)
+    scenes = reader.read("scenes:train", limit=2, scene_size=32)
+    for row, image in enumerate(scenes.images):
+        (tmp_path / f"{image.id}.png").write_bytes(scenes.image_bytes(row))
+    with pytest.raises(InputError, match=r"embed.train_count = 30, and .* has no labels"):
+        embed.run(_labelled(clips, train=str(tmp_path), train_limit=0), workspace)
+    unlabelled = _labelled(clips, test=str(tmp_path), test_limit=0)  # nothing to classify
+    assert set(_tables(embed.run(unlabelled, workspace))) == {"test-images"}
+
+
 # -- flows -------------------------------------------------------------------------------------------------------
 
 

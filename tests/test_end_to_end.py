@@ -6,12 +6,16 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 from test_cli import ROOT, gmail
 
 from gmail_cli.artifacts import Artifact, Workspace
+from gmail_cli.components import encoders
 from gmail_cli.components.tables import Table
 from gmail_cli.profile import build
 from gmail_cli.stages import embed, evaluate, index
@@ -34,6 +38,7 @@ def test_run_makes_a_report_and_a_second_run_reuses_everything(tmp_path: Path) -
     assert results["protocol"] == "scenes-1k/1"
     arms = {row["arm"] for row in results["rows"] if row["task"] == "clip-text"}
     assert arms == {"none", "real", "generated-naive", "generated-aligned"}
+    clip_scores_are_those_of_plain_open_clip(artifact, results, Artifact.load(tmp_path / "runs/tiny/embed/latest"))
     second = gmail("run", "tiny", *SMALL, cwd=tmp_path)
     assert second.stdout == first.stdout
     assert second.stderr.count("complete already, reused") == 6
@@ -48,6 +53,33 @@ def test_run_makes_a_report_and_a_second_run_reuses_everything(tmp_path: Path) -
     assert found.returncode == 0, found.stderr
     assert len(found.stdout.splitlines()) == 3
     assert page.read_text(encoding="utf-8").count("data:image/") == 3
+
+
+def clip_scores_are_those_of_plain_open_clip(artifact: Path, results: dict[str, Any], embedded: Artifact) -> None:
+    """CLIPScore and RefCLIPScore of the captions on disk, as Hessel et al. write them down."""
+    model = open_clip.create_model(f"local-dir:{encoders.SHIPPED['tiny']}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{encoders.SHIPPED['tiny']}")
+    images, texts = (Table.load(embedded.folder(name)) for name in ("test-images", "test-texts"))
+
+    def vectors(captions: list[str]) -> np.ndarray:
+        with torch.inference_mode():
+            found = model.encode_text(tokenizer([f"A photo depicts {each}" for each in captions]))
+        return torch.nn.functional.normalize(found, dim=-1).numpy()
+
+    rows = [row for row in results["rows"] if row["metric"] == "ref_clip_score"]
+    assert {row["arm"] for row in rows} == {"none", "real", "generated-naive", "generated-aligned"}
+    scores, both = [], []
+    said = json.loads((artifact / "predictions/clipcap.real.seed0.json").read_text(encoding="utf-8"))
+    captions = dict(zip(images.ids, vectors([said[name] for name in images.ids]), strict=True))
+    for name, image in zip(images.ids, images.vectors, strict=True):
+        scores.append(2.5 * max(image @ captions[name], 0))
+        own = vectors([row["text"] for row in texts.rows if row["owner"] == name])
+        best = max((own @ captions[name]).max(), 0)
+        both.append(2 / (1 / scores[-1] + 1 / best) if scores[-1] and best else 0)
+    for metric, expected in (("clip_score", scores), ("ref_clip_score", both)):
+        [row] = [each for each in results["rows"] if (each["metric"], each["arm"]) == (metric, "real")]
+        assert row["value"] == pytest.approx(np.mean(expected), abs=1e-5)
+        assert row["low"] < row["value"] < row["high"]
 
 
 def test_coco_captions_become_five_images_each_as_typed(shared_data: Path, tmp_path: Path) -> None:

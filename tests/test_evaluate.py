@@ -323,6 +323,84 @@ def test_mean_per_class_weighs_classes_not_images() -> None:
     assert 0 <= low <= 0.5 <= high <= 1
 
 
+# -- image features ------------------------------------------------------------------------------------------------
+
+
+def test_features_of_each_image_tower_classify_the_test_images(world: World) -> None:
+    """k-NN and nearest mean against plain loops, for f_r and for a trained image tower; never with test labels."""
+    rng = np.random.default_rng(4)
+    labels = [str(image.label) for image in world.test.images]
+    names = sorted(set(labels))
+    directions = rng.standard_normal((len(names), DIM))
+    learnt = [names[row % len(names)] for row in range(6 * len(names))]
+    train_rows = [{"id": f"t{row}", "label": label} for row, label in enumerate(learnt)]
+    test_rows = [{"id": image.id, "label": image.label} for image in world.test.images]
+
+    def noisy(of: list[str], noise: float) -> np.ndarray:
+        clean = directions[[names.index(label) for label in of]]
+        return clean + noise * rng.standard_normal(clean.shape)
+
+    name = "clip.real.seed0"
+    tables = [table("test-images", noisy(labels, 1.2), test_rows, "image", "real"), world.texts("test-texts", 1.3, 9)]
+    tables.append(table("train-images", noisy(learnt, 1.2), train_rows, "image", "real"))
+    tables.append(table(f"test-images@{name}", noisy(labels, 0.1), test_rows, "image", "real"))
+    tables.append(table(f"train-images@{name}", noisy(learnt, 0.1), train_rows, "image", "real"))
+    tables.append(world.texts(f"test-texts@{name}", 0.3, 2))
+    with world.workspace.open(StageKey(stage="embed", settings={"features": True})) as slot:
+        for each in tables:
+            write(slot, each)
+        embeddings = slot.commit(summary={"origins": sources.origins(world.profile())})
+    with world.workspace.open(StageKey(stage="train", settings={"own": True})) as slot:
+        cell = {"task": "clip", "arm": "real", "seed": 0, "dual_projection": False, "image_encoder": "own"}
+        slot.write_json("cells.json", [{**cell, "name": name, "folder": name}])
+        slot.write_jsonl(f"{name}/metrics.jsonl", [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5}])
+        own = slot.commit(summary={})
+    made = evaluate.run(world.profile(neighbours=5), world.workspace, embeddings=embeddings, train=own)
+    results = made.read_json("results.json")
+    rows = {(row["arm"], row["seed"], row["metric"]): row for row in results["rows"] if row["task"] == "features"}
+    for arm, seed, test, train in (("none", None, *tables[:3:2]), ("real", 0, *tables[3:5])):
+        cosines = test.vectors @ train.vectors.T
+        right = []
+        for row, label in enumerate(labels):
+            votes = [learnt[at] for at in np.argsort(-cosines[row])[:5]]
+            most = max(votes.count(each) for each in names)
+            best = [each for each in names if votes.count(each) == most]
+            right.append((label in best) / len(best))
+        assert rows[arm, seed, "nearest_neighbour_top_1_accuracy"]["value"] == pytest.approx(np.mean(right))
+        means = [train.vectors[[each == name for each in learnt]].mean(axis=0) for name in names]
+        nearest = [names[np.argmin([np.linalg.norm(v - mean) for mean in means])] for v in test.vectors]
+        assert rows[arm, seed, "nearest_mean_top_1_accuracy"]["value"] == pytest.approx(
+            np.mean([one == other for one, other in zip(nearest, labels, strict=True)])
+        )
+        probe = rows[arm, seed, "linear_probe_top_1_accuracy"]
+        assert probe["low"] <= probe["value"] <= probe["high"]
+    assert rows["real", 0, "linear_probe_top_1_accuracy"]["value"] == 1
+    assert rows["none", None, "linear_probe_top_1_accuracy"]["value"] < 1
+    cells = [cell for cell in results["cells"] if cell["task"] == "features"]
+    assert [cell["queries"] for cell in cells] == [
+        "queries/features.none.parquet",
+        "queries/features.clip.real.seed0.parquet",
+    ]
+    assert "Image features" in (made.path / "report.md").read_text(encoding="utf-8")
+    # the probe of the trained tower must not meet the features of another encoder
+    other = replace(tables[2].header, encoder_digest="6" * 64)
+    with pytest.raises(InputError, match="made by different encoders"):
+        measure.table_features(replace(tables[2], header=other), test=tables[0], neighbours=5, strength=1.0)
+
+
+def test_a_training_image_in_the_test_set_stops_the_evaluation_of_features(world: World) -> None:
+    leaky = world.profile().model_copy(
+        update={"data": world.profile().data.model_copy(update={"train": "scenes:test"})}
+    )
+    rows = [{"id": image.id, "label": image.label} for image in world.test.images]
+    with world.workspace.open(StageKey(stage="embed", settings={"leak": True})) as slot:
+        for name in ("test-images", "train-images"):
+            write(slot, table(name, world.images, rows, "image", "real"))
+        embeddings = slot.commit(summary={"origins": sources.origins(leaky)})
+    with pytest.raises(InputError, match=r"of the test set .* are also in the training set"):
+        evaluate.run(leaky, world.workspace, embeddings=embeddings)
+
+
 # -- the stage ---------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmail_cli.components.metrics.captioning import bleu, by_image, score_captions
+from gmail_cli.components.metrics.captioning import bleu, by_image, meteor, score_captions
 from gmail_cli.components.metrics.intervals import bootstrap_sums
 from gmail_cli.components.metrics.ptb import tokenise
 from gmail_cli.errors import InputError, UsageError
@@ -167,6 +167,20 @@ def test_meteor_equals_pycocoevalcap(original: Path) -> None:
     assert found.corpus == {"meteor": pytest.approx(0.4165038910329121, abs=1e-12)}
     expected = [0.30379746835443044, 0.25162867133197164, 1.0]
     np.testing.assert_allclose(found.per_image["meteor"], expected, atol=1e-12)
+    assert found.meteor_counts is not None
+    drawn = found.meteor_counts[[0, 0, 2, 1, 1, 1]].sum(axis=0, keepdims=True)
+    assert meteor(drawn)[0] == pytest.approx(0.3479174864805867, abs=1e-12)  # its score of a, a, c, b, b, b
+
+
+def test_meteor_worked_by_hand() -> None:
+    # 4 words of 5 and of 6 match exactly in 2 chunks: 3 content words, 1 function word; 2 of 5 and 3 of 6 are function
+    # words. P = (0.75 x 3 + 0.25) / (0.75 x 3 + 0.25 x 2), R = 2.5 / (0.75 x 3 + 0.25 x 3).
+    counts = np.zeros((2, 23))
+    counts[0, :8], counts[0, 20:] = [5, 6, 2, 3, 3, 3, 1, 1], [2, 4, 4]
+    counts[1, :4] = [3, 4, 1, 1]  # nothing matches
+    precision, recall = 2.5 / 2.75, 2.5 / 3
+    mean = 1 / (0.15 / precision + 0.85 / recall)
+    np.testing.assert_allclose(meteor(counts), [mean * (1 - 0.6 * 0.5**0.2), 0])
 
 
 def test_without_java_meteor_is_absent_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,7 +199,7 @@ def test_a_broken_java_is_absent_too(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = score_captions({"a": ["a cat"]}, {"a": "a cat"}, metrics=("meteor",))
     assert found.corpus == {}
-    assert "stopped after 0 of 2 scores" in found.absent["meteor"]
+    assert "stopped after 0 of 1 captions" in found.absent["meteor"]
 
 
 def test_bleu_worked_by_hand() -> None:

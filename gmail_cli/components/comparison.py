@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gmail_cli.components.metrics.intervals import holm, paired_difference, seed_summary
+from gmail_cli.components.metrics.intervals import holm, seed_summary
 from gmail_cli.components.scores import HEADLINES, Cell, over_seeds
+from gmail_cli.components.scores import difference as difference_of
 from gmail_cli.errors import InputError, UsageError
 
 SCHEMA = "gmail.compare/1"
@@ -90,10 +91,8 @@ def compare(
             for label in labels[1:]:
                 if label not in pooled or labels[0] not in pooled:
                     continue
-                base, other_scores = pooled[labels[0]], pooled[label]
-                test = paired_difference(
-                    base.values, other=other_scores.values, groups=base.groups, draws=draws, level=level
-                )
+                base = pooled[labels[0]]
+                test = difference_of(base, other=pooled[label], draws=draws, level=level)
                 between = {"model": model, "metric": metric, "run": label, "baseline": labels[0]}
                 difference = test.difference
                 bounds = {"difference": difference.value, "low": difference.low, "high": difference.high}

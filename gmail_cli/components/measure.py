@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gmail_cli.components.metrics import classification, gap
-from gmail_cli.components.metrics.captioning import METRICS, CaptionScores, bleu, score_captions
+from gmail_cli.components.metrics.captioning import METRICS, CaptionScores, score_captions
 from gmail_cli.components.metrics.classification import Classification
+from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
 from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks, retrieval_ranks_in_folds
-from gmail_cli.components.scores import Scores, Statistic
+from gmail_cli.components.scores import OF_CORPUS, Scores
 from gmail_cli.components.tables import Table, require_same_space
 from gmail_cli.errors import InputError, SetupError
 
@@ -170,6 +171,99 @@ def probe(images: Table, *, scores: Float[np.ndarray, "images classes"], class_n
     return classification.classify(scores, labels=_labels(images, numbers, of="the probe"))
 
 
+def features(
+    train: Float[np.ndarray, "train dim"],
+    *,
+    labels: Int[np.ndarray, " train"],
+    test: Float[np.ndarray, "test dim"],
+    test_labels: Int[np.ndarray, " test"],
+    neighbours: int,
+    strength: float,
+) -> tuple[dict[str, Scores], dict[str, Classification]]:
+    """Classify test features by their nearest training features, the nearest class mean and a linear probe.
+
+    Args:
+        train: Unit rows.
+        labels: Class of each, from 0, none left out.
+        test: Unit rows, by the same encoder.
+        test_labels: Class of each.
+        neighbours: Votes of k-NN, by cosine.
+        strength: C of the probe (:func:`gmail_cli.components.metrics.classification.linear_probe`).
+
+    Returns:
+        The scores of all three, and what each did: ``nearest_neighbour``, ``nearest_mean``, ``linear_probe``.
+
+    Raises:
+        InputError: The shapes do not fit, or there are fewer training rows than neighbours.
+    """
+    classes = int(labels.max()) + 1
+    means = classification.centroids(train, labels=labels, classes=classes)
+    weights = classification.linear_probe(train, labels=labels, classes=classes, strength=strength)
+    by = {
+        "nearest_neighbour": classification.neighbour_scores(
+            test, references=train, labels=labels, classes=classes, k=neighbours
+        ),
+        "nearest_mean": classification.centroid_scores(test, centroids=means),
+        "linear_probe": classification.probe_scores(test, weights=weights),
+    }
+    found = {name: classification.classify(each, labels=test_labels) for name, each in by.items()}
+    scores: dict[str, Scores] = {}
+    for name, each in found.items():
+        scores |= classified(each, prefix=f"{name}_")
+    return scores, found
+
+
+def table_features(
+    train: Table, *, test: Table, neighbours: int, strength: float
+) -> tuple[dict[str, Scores], dict[str, Classification]]:
+    """:func:`features` of two tables of labelled images.
+
+    Raises:
+        InputError: They went through different encoders, an image has no label or one that no training image has.
+    """
+    if train.header.encoder_digest != test.header.encoder_digest:
+        raise InputError(
+            f"tables {train.header.name!r} and {test.header.name!r} were made by different encoders",
+            hint="Run gmail embed again.",
+        )
+    numbers = {name: number for number, name in enumerate(sorted({str(row.get("label")) for row in train.rows}))}
+    return features(
+        np.asarray(train.vectors, dtype=np.float32),
+        labels=_labels(train, numbers, of=train.header.name),
+        test=np.asarray(test.vectors, dtype=np.float32),
+        test_labels=_labels(test, numbers, of=train.header.name),
+        neighbours=neighbours,
+        strength=strength,
+    )
+
+
+def clip_scores(
+    images: Float[np.ndarray, "images dim"],
+    *,
+    captions: Float[np.ndarray, "images dim"],
+    references: Float[np.ndarray, "references dim"] | None = None,
+    owners: Int[np.ndarray, " references"] | None = None,
+) -> dict[str, Scores]:
+    """CLIPScore of one caption for each image, and RefCLIPScore where there are references.
+
+    Args:
+        images: Unit rows.
+        captions: Unit rows, by the same CLIP.
+        references: Unit rows.
+        owners: For each reference the row of its image.
+
+    Raises:
+        InputError: They do not fit each other.
+    """
+    found = clip_score(images, captions=captions)
+    rows = np.arange(len(found))
+    scores = {"clip_score": Scores.mean(found, groups=rows)}
+    if references is not None and owners is not None:
+        both = reference_clip_score(found, captions=captions, references=references, owners=owners)
+        scores["ref_clip_score"] = Scores.mean(both, groups=rows)
+    return scores
+
+
 def classified(found: Classification, *, prefix: str) -> dict[str, Scores]:
     """Top-1, top-5 (above five classes) and mean-per-class accuracy."""
     images = np.arange(len(found.labels))
@@ -200,14 +294,12 @@ def captions(
     found = score_captions(references, predictions, metrics=wanted)
     if meteor == "on" and "meteor" in found.absent:
         raise SetupError(f"eval.meteor = 'on': {found.absent['meteor']}", hint="Set it to auto or off.")
-    assert found.bleu_counts is not None, "BLEU was asked for"
     images = np.arange(len(found.ids))
-    scores = {
-        f"bleu_{n + 1}": Scores(columns=found.bleu_counts, groups=images, statistic=_BLEU[n], queries=len(images))
-        for n in range(4)
-    }
-    if "meteor" in found.corpus:
-        scores["meteor"] = Scores.whole(found.corpus["meteor"], queries=len(images))
+    scores = {}
+    for name, statistic in OF_CORPUS.items():
+        counts = found.meteor_counts if name == "meteor" else found.bleu_counts
+        if counts is not None:
+            scores[name] = Scores(columns=counts, groups=images, statistic=statistic, queries=len(images))
     for name in ("rouge_l", "cider"):
         scores[name] = Scores.mean(found.per_image[name], groups=images)
     return scores, found
@@ -262,13 +354,6 @@ def _mean_per_class(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarra
     right, sizes = np.split(sums, 2, axis=1)
     present = sizes > 0
     return (right / np.where(present, sizes, 1)).sum(axis=1) / present.sum(axis=1)
-
-
-def _bleu_statistic(order: int) -> Statistic:
-    return lambda sums: bleu(sums)[:, order]
-
-
-_BLEU = tuple(_bleu_statistic(order) for order in range(4))
 
 
 def _place(row: Mapping[str, object], places: Mapping[str, int], table: str) -> int:

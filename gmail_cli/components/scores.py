@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-from gmail_cli.components.metrics.intervals import bootstrap_sums, holm, paired_difference, seed_summary
+from gmail_cli.components.metrics.captioning import bleu, meteor
+from gmail_cli.components.metrics.intervals import (
+    PairedDifference,
+    bootstrap_sums,
+    difference_of_sums,
+    holm,
+    require_same_queries,
+    seed_summary,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,6 +34,10 @@ HEADLINES = (
     "zero_shot_top_1_accuracy",
     "probe_top_1_accuracy",
     "cider",
+    "clip_score",
+    "ref_clip_score",
+    "linear_probe_top_1_accuracy",
+    "nearest_neighbour_top_1_accuracy",
     "long_text_to_image_recall_at_1",
     "long_image_to_text_recall_at_1",
 )
@@ -41,6 +53,14 @@ Statistic: TypeAlias = Callable[[Float[np.ndarray, "draws columns"]], Float[np.n
 def mean_of(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
     """The mean, from the sums of (value, 1)."""
     return sums[:, 0] / sums[:, 1]
+
+
+def _bleu(order: int) -> Statistic:
+    return lambda sums: bleu(sums)[:, order]
+
+
+OF_CORPUS: Mapping[str, Statistic] = {**{f"bleu_{n + 1}": _bleu(n) for n in range(4)}, "meteor": meteor}
+"""Metrics of a whole set of captions, from the sums of what was counted in each."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,7 +114,7 @@ class Cell:
     """The scores of one model: what it was trained for, on what, and how it did.
 
     Attributes:
-        task: ``clip-text``, ``clip``, ``clipcap``, ``linear-probe`` or ``gap``.
+        task: ``clip-text``, ``clip``, ``clipcap``, ``linear-probe``, ``features`` or ``gap``.
         arm: What it was trained on.
         seed: Of its training; None where nothing was trained.
         dual_projection: Whether each flow had its own projection.
@@ -116,36 +136,64 @@ class Cell:
 
 
 def to_parquet(scores: Mapping[str, Scores]) -> pa.Table | None:
-    """Every metric that is a mean over queries, query by query: columns ``metric``, ``image`` (a number), ``value``.
+    """What a model did with each query: columns ``metric``, ``image`` (a number), ``value``, ``counts``.
 
-    None where there is no such metric. Statistics of sums (BLEU, mean per class) and numbers without queries are left
+    ``value`` is that of a metric that is a mean over queries. ``counts`` are what metrics of a whole set of captions
+    (``OF_CORPUS``) sum up. None where there is neither. Mean-per-class accuracy and numbers without queries are left
     out.
     """
     import pyarrow as pa
 
-    kept = {name: each for name, each in scores.items() if each.groups is not None and each.statistic is mean_of}
-    if not kept:
-        return None
-    names = [name for name, each in kept.items() for _ in range(len(each.columns))]
-    images = np.concatenate([each.groups for each in kept.values() if each.groups is not None])
-    return pa.table(
+    schema = pa.schema(
         {
-            "metric": pa.array(names).dictionary_encode(),
-            "image": pa.array(images.astype(np.int32)),
-            "value": pa.array(np.concatenate([each.values for each in kept.values()])),
+            "metric": pa.dictionary(pa.int32(), pa.string()),
+            "image": pa.int32(),
+            "value": pa.float64(),
+            "counts": pa.list_(pa.float64()),
         }
     )
+    parts = []
+    for name, each in scores.items():
+        if each.groups is None or not (name in OF_CORPUS or each.statistic is mean_of):
+            continue
+        rows = len(each.columns)
+        values = {"value": each.columns[:, 0], "counts": pa.nulls(rows)}
+        if name in OF_CORPUS:
+            values = {"value": pa.nulls(rows), "counts": list(each.columns)}
+        parts.append(pa.table({"metric": [name] * rows, "image": each.groups, **values}).cast(schema))
+    return pa.concat_tables(parts).unify_dictionaries() if parts else None
 
 
 def from_parquet(table: pa.Table) -> dict[str, Scores]:
     """Inverse of :func:`to_parquet`."""
-    names = np.array(table["metric"].to_pylist())
-    images, values = table["image"].to_numpy(), table["value"].to_numpy()
+    import pyarrow.compute as pc
+
     found = {}
-    for name in dict.fromkeys(names.tolist()):
-        of = names == name
-        found[name] = Scores.mean(values[of], groups=images[of])
+    for name in pc.unique(table["metric"]).to_pylist():
+        rows = table.filter(pc.equal(table["metric"], name))
+        images = rows["image"].to_numpy()
+        if name in OF_CORPUS:
+            counts = pc.list_flatten(rows["counts"]).to_numpy().reshape(len(rows), -1)
+            found[name] = Scores(columns=counts, groups=images, statistic=OF_CORPUS[name], queries=len(rows))
+        else:
+            found[name] = Scores.mean(rows["value"].to_numpy(), groups=images)
     return found
+
+
+def difference(base: Scores, *, other: Scores, draws: int, level: float) -> PairedDifference:
+    """Other minus base on the same queries, the images resampled together; both with an interval of their own.
+
+    Raises:
+        InputError: They have different numbers of queries.
+    """
+    require_same_queries(len(base.columns), len(other.columns))
+    width = base.columns.shape[1]
+
+    def statistic(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
+        return other.statistic(sums[:, width:]) - base.statistic(sums[:, :width])
+
+    columns = np.concatenate([base.columns, other.columns], axis=1)
+    return difference_of_sums(columns, statistic=statistic, groups=base.groups, draws=draws, level=level)
 
 
 def over_seeds(scores: Sequence[Scores]) -> Scores:
@@ -286,7 +334,7 @@ def _comparisons(groups: _Groups, *, draws: int, level: float, protocol: str) ->
                     continue
                 seeds, scores = matched
                 ours, theirs = over_seeds(scores[TREATMENT]), over_seeds(scores[baseline])
-                test = paired_difference(theirs.values, other=ours.values, groups=ours.groups, draws=draws, level=level)
+                test = difference(theirs, other=ours, draws=draws, level=level)
                 found.append(
                     {
                         "task": task,
@@ -325,9 +373,7 @@ def _shares(groups: _Groups, *, draws: int, level: float, protocol: str) -> list
             if matched is None:
                 continue
             aligned, naive, real = (over_seeds(matched[1][arm]) for arm in arms)
-            distance = paired_difference(
-                naive.values, other=real.values, groups=naive.groups, draws=draws, level=level
-            ).difference
+            distance = difference(naive, other=real, draws=draws, level=level).difference
             share: dict[str, float | None] = {"share": None, "low": None, "high": None}
             if distance.low > 0:
                 columns = np.stack([naive.values, aligned.values, real.values], axis=1)

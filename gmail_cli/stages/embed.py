@@ -5,6 +5,7 @@ the given images are. In a run, each trained text tower also embeds the test cap
 of real and generated training images are embedded to measure the modality gap before and after alignment.
 
     test-images  test-texts  test-classes       the given set: f_r (or f_g) and the text tower that f_r came with
+    train-images                                labelled training images through the same encoder (embed.train_count)
     test-images@<cell>  ...                     a trained cell's own towers, where they differ
     gap-real  gap-generated-naive  gap-generated-aligned      partners row by row: f_r, f_r and f_g
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, export_folder
 from gmail_cli.components import prompts
 from gmail_cli.components.captions import Dataset
+from gmail_cli.components.metrics.gap import evenly_spaced
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
@@ -195,6 +197,31 @@ def _read_partners(profile: Profile) -> Dataset:
     return sources.read({**sources.source(profile, part="train"), "need_images": True})
 
 
+def _labelled(profile: Profile, test: Dataset) -> tuple[Dataset, list[int]] | None:
+    """The training set and those of its images that features of a labelled test set are classified by, if wanted.
+
+    Raises:
+        InputError: The training set has no labels, or lacks a class of the test set.
+    """
+    embed = profile.embed
+    if not embed.train_count or embed.flow == "generated" or not (test.has_images and test.class_names):
+        return None
+    training = _read_partners(profile)
+    labelled = [row for row, image in enumerate(training.images) if image.label is not None]
+    if not labelled:
+        hint = "Give a labelled set as data.train, or set embed.train_count=0."
+        raise InputError(f"embed.train_count = {embed.train_count}, and {training.name} has no labels", hint=hint)
+    rows = [labelled[place] for place in evenly_spaced(len(labelled), limit=embed.train_count).tolist()]
+    known = {training.images[row].label for row in rows}
+    lacking = next((image.label for image in test.images if image.label not in known), None)
+    if lacking is not None:
+        raise InputError(
+            f"the test images have class {lacking!r}, and none of the {len(rows)} training images taken has it",
+            hint="Raise embed.train_count, or set it to 0.",
+        )
+    return training, rows
+
+
 def _used(profile: Profile, given: Mapping[str, _Given | None]) -> dict[str, _Given]:
     """The inputs that are there and matter: a set that is embedded as generated images stands alone."""
     matter = ("aligned",) if profile.embed.flow == "generated" else tuple(given)
@@ -217,6 +244,11 @@ def _key(profile: Profile, test: Dataset, given: Mapping[str, str]) -> StageKey:
             hint = f"Run gmail align first, name one with --aligned, or use --set embed.{name}={otherwise}."
             raise UsageError(f"embed.{name} = {value!r} needs an align artifact and there is none", hint=hint)
     inputs = {**given, "data": test.fingerprint}
+    labelled = _labelled(profile, test)
+    if labelled is None:
+        del chosen["train_count"]
+    else:
+        inputs["labelled"] = labelled[0].fingerprint
     if not test.class_names:
         del chosen["templates"]
     else:
@@ -409,15 +441,16 @@ class _Plan:
 
     def __init__(self, profile: Profile, test: Dataset, inputs: Mapping[str, Artifact], *, device: str) -> None:
         self.profile, self.test, self.inputs, self.device = profile, test, inputs, device
+        self._train = _labelled(profile, test)
         self._loaded: tuple[str, Clip] | None = None
 
     def sets(self) -> Iterator[_Set]:
         """The tables, those of one model after another."""
         space, embed = self._space(), self.profile.embed
-        if self.test.has_images and (embed.flow == "generated" or embed.real_encoder == "tuned"):
-            yield self._images("test-images", clip=self._aligned, space=space, flow="generated")
-        elif self.test.has_images:
-            yield self._images("test-images", clip=self._original, space=space)
+        through: dict[str, Any] = {"clip": self._original, "flow": "real"}
+        if embed.flow == "generated" or embed.real_encoder == "tuned":
+            through = {"clip": self._aligned, "flow": "generated"}
+        yield from self._images("", space=space, **through)
         yield from self._texts("", clip=self._original, space=space)
         if "generated" in self.inputs and self.profile.embed.gap_count:
             yield from self._gap(space)
@@ -452,14 +485,13 @@ class _Plan:
             self._loaded = ref, dataclasses.replace(clip, name=name)
         return self._loaded[1]
 
-    def _images(self, name: str, *, clip: Callable[[], Clip], space: str, flow: Flow = "real") -> _Set:
-        images = self.test.images
-
-        def row(at: int) -> Mapping[str, Any]:
-            return {"id": images[at].id, "label": images[at].label}
-
-        image_bytes = self.test.image_bytes
-        return _Set(name=name, count=len(images), row=row, clip=clip, space=space, image_bytes=image_bytes, flow=flow)
+    def _images(self, suffix: str, *, clip: Callable[[], Clip], space: str, flow: Flow = "real") -> Iterator[_Set]:
+        """The test images, and the labelled training images, through one encoder."""
+        through = partial(_Set, clip=clip, space=space, flow=flow)
+        if self.test.has_images:
+            yield through(name=f"test-images{suffix}", **_images_of(self.test, range(len(self.test))))
+        if self._train is not None:
+            yield through(name=f"train-images{suffix}", **_images_of(*self._train))
 
     def _texts(self, suffix: str, *, clip: Callable[[], Clip], space: str) -> Iterator[_Set]:
         captions = self.test.captions
@@ -487,8 +519,8 @@ class _Plan:
         def clip() -> Clip:
             return self._clip(str(folder), name=name)
 
-        if own and self.test.has_images:
-            yield self._images(f"test-images{suffix}", clip=clip, space=space)
+        if own:
+            yield from self._images(suffix, clip=clip, space=space)
         yield from self._texts(suffix, clip=clip, space=space)
 
     def _gap(self, space: str) -> Iterator[_Set]:
@@ -527,6 +559,16 @@ class _Plan:
             flows.append(("gap-generated-aligned", self._aligned, "generated"))
         for name, clip, flow in flows:
             yield gap(name=name, row=drawn.__getitem__, clip=clip, image_bytes=drawn_bytes, flow=flow)
+
+
+def _images_of(dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
+    """What a :class:`_Set` wants to know of some images."""
+
+    def row(at: int) -> Mapping[str, Any]:
+        image = dataset.images[rows[at]]
+        return {"id": image.id, "label": image.label}
+
+    return {"count": len(rows), "row": row, "image_bytes": lambda at: dataset.image_bytes(rows[at])}
 
 
 @dataclass(frozen=True)

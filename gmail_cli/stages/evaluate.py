@@ -7,10 +7,10 @@ All models are tested on the same real images through f_r. What a model did with
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from gmail_cli.components import scores as scoring
 from gmail_cli.components.captions import Dataset, check_disjoint
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.metrics.classification import Classification
+from gmail_cli.components.metrics.clipscore import PROMPT
 from gmail_cli.components.metrics.retrieval import RetrievalRanks
 from gmail_cli.components.report import gallery
 from gmail_cli.components.scores import Cell
@@ -29,8 +30,11 @@ from gmail_cli.errors import GmailError, InputError
 from gmail_cli.profile import Profile, settings
 from gmail_cli.stages import sources
 
+if TYPE_CHECKING:
+    from gmail_cli.components.encoders import Clip
+
 RESULTS = "results.json"
-IMAGES, TEXTS, CLASSES = "test-images", "test-texts", "test-classes"
+IMAGES, TEXTS, CLASSES, TRAIN_IMAGES = "test-images", "test-texts", "test-classes", "train-images"
 GAP_REAL = "gap-real"
 GAP_ARMS = ("generated-naive", "generated-aligned")
 LEAK_SHARE = 0.1
@@ -234,7 +238,7 @@ class _Work:
 
     def check_leaks(self) -> None:
         """Refuse training data that hold test data; count captions that both share by right."""
-        if self.test is None or not {"train", "generated"} & set(self.inputs):
+        if self.test is None or not ({"train", "generated"} & set(self.inputs) or TRAIN_IMAGES in self.tables):
             return
         known = {(row.owner, row.caption) for row in self.generated.rows} if self.generated else set()
         if self._ids_are_foreign():
@@ -297,6 +301,9 @@ class _Work:
         if TEXTS in self.tables and not any(m.task in text_tasks and m.arm == "none" for m in trained):
             yield _Model(task=text_tasks[0] if text_tasks else "clip", arm="none", seed=None)
         yield from trained
+        if TRAIN_IMAGES in self.tables:
+            yield _Model(task="features", arm="none", seed=None)
+            yield from (replace(each, task="features") for each in trained if each.own_images and each.arm != "none")
 
     def measure(self, model: _Model) -> Cell:
         """The scores of one model."""
@@ -314,7 +321,8 @@ class _Work:
         rows = scoring.to_parquet(cell.scores)
         if rows is None:
             return
-        name = f"queries/{model.name}.parquet"
+        about_features = "features." if model.task == "features" and model.folder else ""
+        name = f"queries/{about_features}{model.name}.parquet"
         self.slot.write_parquet(name, rows)
         about = {"task": model.task, "arm": model.arm, "seed": model.seed, "dual_projection": model.dual_projection}
         self.kept.append({**about, "queries": name})
@@ -329,8 +337,8 @@ class _Work:
         """The table a model made, else (for arm ``none`` and where the model left the tower alone) CLIP's own."""
         return self.tables.get(f"{name}@{model.name}") or (self.tables.get(name) if model.arm == "none" else None)
 
-    def _images(self, model: _Model) -> Table:
-        name = f"{IMAGES}@{model.name}" if model.own_images else IMAGES
+    def _images(self, model: _Model, table: str = IMAGES) -> Table:
+        name = f"{table}@{model.name}" if model.own_images else table
         if name not in self.tables:
             raise InputError(f"the embeddings lack table {name!r}", hint="Run gmail embed with this train artifact.")
         return self.tables[name]
@@ -381,6 +389,18 @@ class _Work:
         self._remember("Linear probe", model, found)
         return measure.classified(found, prefix="probe_")
 
+    def _features(self, model: _Model) -> dict[str, scoring.Scores]:
+        """k-NN, nearest mean and linear probe on the features of a model's image tower."""
+        chosen = self.profile.eval
+        scores, found = measure.table_features(
+            self._images(model, TRAIN_IMAGES),
+            test=self._images(model),
+            neighbours=chosen.neighbours,
+            strength=chosen.probe_strength,
+        )
+        self._remember("Linear probe on features", model, found["linear_probe"])
+        return scores
+
     def _captions(self, model: _Model) -> dict[str, scoring.Scores]:
         """Captions of real images, scored against what people wrote."""
         from gmail_cli.components import heads
@@ -399,9 +419,31 @@ class _Work:
         )
         for reason in found.absent.values():
             self._note(reason.splitlines()[0])
+        if self._clip_scorer is not None:
+            scores |= self._clip_scorer.scores(predictions)
         if not model.dual_projection:
             self.seen.predictions.setdefault(model.arm, predictions)
         return scores
+
+    @functools.cached_property
+    def _clip_scorer(self) -> _ClipScorer | None:
+        """Scores captions by the CLIP that embedded the test images; None (and a note) where it is not at hand."""
+        from gmail_cli.components import encoders
+
+        if not self.profile.eval.clip_score:
+            return None
+        model, seed = self.origins["model"], self.inputs["embeddings"].manifest["key"]["seed"]
+        name, chosen = model["clip"], {"revision": model["revision"], "seed": seed}
+        images = self.tables[IMAGES]
+        try:
+            if encoders.model_digest(name, **chosen) != images.header.encoder_digest:
+                raise InputError(f"the test images did not go through {name} as it is now")
+            device = encoders.pick_device(self.profile.runtime.device)
+            clip = encoders.load_clip(name, device=device, **chosen)
+        except GmailError as error:
+            self._note(f"CLIPScore left out: {error.message}.")
+            return None
+        return _ClipScorer(clip, images, self._references(), batch_size=self.profile.embed.batch_size)
 
     def _references(self) -> dict[str, list[str]]:
         """The short captions of each test image (all captions, where there are only long ones)."""
@@ -550,6 +592,28 @@ class _Work:
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
+class _ClipScorer:
+    """CLIPScore and RefCLIPScore of captions of the test images; the references are embedded once."""
+
+    def __init__(self, clip: Clip, images: Table, references: Mapping[str, Sequence[str]], *, batch_size: int) -> None:
+        self._clip, self._batch_size = clip, batch_size
+        self._names = [name for name in images.ids if name in references]
+        rows = {name: row for row, name in enumerate(images.ids)}
+        self._pictures = np.asarray(images.vectors[[rows[name] for name in self._names]], dtype=np.float32)
+        self._truths = self._embed([text for name in self._names for text in references[name]])
+        self._owners = np.repeat(np.arange(len(self._names)), [len(references[name]) for name in self._names])
+
+    def scores(self, predictions: Mapping[str, str]) -> dict[str, scoring.Scores]:
+        """The scores of one caption for each image that has references."""
+        captions = self._embed([predictions[name] for name in self._names])
+        return measure.clip_scores(self._pictures, captions=captions, references=self._truths, owners=self._owners)
+
+    def _embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        from gmail_cli.components import encoders
+
+        return encoders.embed_texts(self._clip, [PROMPT + text for text in texts], batch_size=self._batch_size)[0]
+
+
 def _prompts_used(prompts: Table) -> dict[str, Any]:
     """How many classes and prompts, and the SHA-256 of (label, prompt) in order: zero-shot accuracy depends on them."""
     used = [(row["label"], row.get("text")) for row in prompts.rows]
@@ -562,6 +626,7 @@ _MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = 
     "clip": _Work._clip,
     "clipcap": _Work._captions,
     "linear-probe": _Work._probe,
+    "features": _Work._features,
 }
 
 

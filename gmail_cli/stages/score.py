@@ -17,9 +17,8 @@ from jaxtyping import Float
 
 from gmail_cli.components import exchange, gate, measure, protocols
 from gmail_cli.components import questions as question_sets
-from gmail_cli.components.metrics import classification as classifying
 from gmail_cli.components.metrics import gap as gaps
-from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
+from gmail_cli.components.metrics.clipscore import PROMPT
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
 from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
 from gmail_cli.components.metrics.retrieval import KS, check_owners, retrieval_ranks, retrieval_ranks_in_folds
@@ -293,18 +292,15 @@ def clipscore(images: Path, *, captions: Path, references: Path | None = None, o
     _same_dimension(image_rows, caption_rows, images, captions)
     pictures = exchange.unit_rows(image_rows, name=str(images))
     texts = exchange.unit_rows(caption_rows, name=str(captions))
-    found = clip_score(pictures, captions=texts)
-    rows = np.arange(len(found))
-    scores = {"clip_score": Scores.mean(found, groups=rows)}
-    n = {"images": len(found)}
+    n = {"images": len(pictures)}
+    truths = of_image = None
     if references is not None and owners is not None:
         reference_rows = exchange.read_features(references)
         _same_dimension(image_rows, reference_rows, images, references)
-        of_image = check_owners(exchange.read_array(owners), texts=len(reference_rows), images=len(found))
+        of_image = check_owners(exchange.read_array(owners), texts=len(reference_rows), images=len(pictures))
         truths = exchange.unit_rows(reference_rows, name=str(references))
-        both = reference_clip_score(found, captions=texts, references=truths, owners=of_image)
-        scores["ref_clip_score"] = Scores.mean(both, groups=rows)
         n["references"] = len(truths)
+    scores = measure.clip_scores(pictures, captions=texts, references=truths, owners=of_image)
     return Scored(
         protocol="score-clipscore/1",
         n=n,
@@ -312,7 +308,7 @@ def clipscore(images: Path, *, captions: Path, references: Path | None = None, o
         intervals=_intervals(scores),
         settings={"dim": image_rows.shape[1], "clip_score": "2.5 max(cos, 0)", "ref_clip_score": "harmonic mean"},
         left_out={} if references is not None else {"ref_clip_score": "no references given"},
-        notes=("published scores use CLIP ViT-B/32 and put 'A photo depicts ' before every caption and reference",),
+        notes=(f"published scores use CLIP ViT-B/32 and put {PROMPT!r} before every caption and reference",),
     )
 
 
@@ -350,22 +346,12 @@ def classification(
         raise InputError(f"{test_labels} has class {unknown[0]}, which {train_labels} lacks", hint=hint)
     labels = np.searchsorted(names, asked)
     a, b = exchange.unit_rows(train_rows, name=str(train)), exchange.unit_rows(test_rows, name=str(test))
-    classes = len(names)
-    means = classifying.centroids(a, labels=numbers, classes=classes)
-    weights = classifying.linear_probe(a, labels=numbers, classes=classes, strength=strength)
-    by = {
-        "nearest_neighbour_": classifying.neighbour_scores(
-            b, references=a, labels=numbers, classes=classes, k=neighbours
-        ),
-        "nearest_mean_": classifying.centroid_scores(b, centroids=means),
-        "linear_probe_": classifying.probe_scores(b, weights=weights),
-    }
-    scores: dict[str, Scores] = {}
-    for prefix, each in by.items():
-        scores |= measure.classified(classifying.classify(each, labels=labels), prefix=prefix)
+    scores, _ = measure.features(
+        a, labels=numbers, test=b, test_labels=labels, neighbours=neighbours, strength=strength
+    )
     return Scored(
         protocol="score-classification/1",
-        n={"train": len(a), "test": len(b), "classes": classes},
+        n={"train": len(a), "test": len(b), "classes": len(names)},
         metrics=_values(scores),
         intervals=_intervals(scores),
         settings={

@@ -33,6 +33,8 @@ METRICS = ("bleu", "meteor", "rouge_l", "cider")
 _ORDERS = 4
 _SIGMA = 6.0
 _BETA = 1.2
+_ALPHA, _BETA_METEOR, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_MODULES = (1.0, 0.6, 0.8, 0.6)
 
 NGrams = tuple[Counter[tuple[str, ...]], ...]
 
@@ -46,6 +48,7 @@ class CaptionScores:
         per_image: ``meteor``, ``rouge_l``, ``cider`` of each image; the last two average to the corpus score.
         bleu_counts: Per image: caption length, length of the closest reference, then for n = 1..4 matching
             and all n-grams. :func:`bleu` of any sum of rows is the BLEU of those images: for bootstrapping.
+        meteor_counts: Per image what METEOR's program counts; :func:`meteor` of any sum of rows likewise.
         ids: The image of each row of the above, in the order of the references.
         absent: Why a metric that was asked for is not there.
     """
@@ -53,6 +56,7 @@ class CaptionScores:
     corpus: dict[str, float]
     per_image: dict[str, Float[np.ndarray, " images"]]
     bleu_counts: Float[np.ndarray, "images 10"] | None
+    meteor_counts: Float[np.ndarray, "images 23"] | None
     ids: tuple[str, ...]
     absent: dict[str, str]
 
@@ -83,6 +87,7 @@ def score_captions(
     per_image: dict[str, Float[np.ndarray, " images"]] = {}
     absent: dict[str, str] = {}
     counts: Float[np.ndarray, "images 10"] | None = None
+    meteor_counts: Float[np.ndarray, "images 23"] | None = None
     if "bleu" in metrics or "cider" in metrics:
         caption_grams = [_ngrams(text) for text in captions]
         truth_grams = [[_ngrams(text) for text in texts] for texts in truths]
@@ -92,16 +97,21 @@ def score_captions(
         corpus |= {f"bleu_{n}": float(score) for n, score in enumerate(scores, start=1)}
     if "meteor" in metrics:
         try:
-            corpus["meteor"], per_image["meteor"] = _meteor(captions, truths)
+            meteor_counts = _meteor_counts(captions, truths)
         except SetupError as error:
             absent["meteor"] = str(error)
+        else:
+            per_image["meteor"] = meteor(meteor_counts)
+            corpus["meteor"] = float(meteor(meteor_counts.sum(axis=0, keepdims=True))[0])
     if "rouge_l" in metrics:
         per_image["rouge_l"] = np.array([_rouge_l(*pair) for pair in zip(captions, truths, strict=True)])
         corpus["rouge_l"] = float(per_image["rouge_l"].mean())
     if "cider" in metrics:
         per_image["cider"] = _cider(caption_grams, truth_grams)
         corpus["cider"] = float(per_image["cider"].mean())
-    return CaptionScores(corpus=corpus, per_image=per_image, bleu_counts=counts, ids=ids, absent=absent)
+    return CaptionScores(
+        corpus=corpus, per_image=per_image, bleu_counts=counts, meteor_counts=meteor_counts, ids=ids, absent=absent
+    )
 
 
 def by_image(captions: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -136,6 +146,36 @@ def bleu(counts: Float[np.ndarray, "rows 10"]) -> Float[np.ndarray, "rows 4"]:
     ratio = (length + 1e-15) / (reference + 1e-9)
     penalty = np.exp(np.minimum(0.0, 1 - 1 / ratio))
     return means * penalty[:, None]
+
+
+def meteor(counts: Float[np.ndarray, "rows 23"]) -> Float[np.ndarray, " rows"]:
+    """METEOR 1.5 of summed counts (see :attr:`CaptionScores.meteor_counts`), one row each.
+
+    The harmonic mean of weighted precision and recall, less a penalty for fragmentation, with the program's parameters
+    for English (Denkowski and Lavie 2014, section 2 and table 1).
+
+    Args:
+        counts: Words of caption and reference, function words of both; for exact, stem, synonym and paraphrase matches
+            the content words of both and function words of both; chunks, words matched of both.
+    """
+    caption, reference, caption_function, reference_function = counts[:, :4].T
+    matches = counts[:, 4:20].reshape(len(counts), len(_MODULES), 4) * np.array(_MODULES)[:, None]
+    content, other = matches[:, :, :2].sum(axis=1), matches[:, :, 2:].sum(axis=1)
+    matched = _DELTA * content + (1 - _DELTA) * other
+    lengths = np.stack(
+        [
+            _DELTA * (caption - caption_function) + (1 - _DELTA) * caption_function,
+            _DELTA * (reference - reference_function) + (1 - _DELTA) * reference_function,
+        ],
+        axis=1,
+    )
+    precision, recall = np.divide(matched, lengths, out=np.zeros_like(matched), where=lengths > 0).T
+    found = (precision > 0) & (recall > 0)
+    safe_precision, safe_recall = np.where(found, precision, 1), np.where(found, recall, 1)
+    mean = np.where(found, 1 / ((1 - _ALPHA) / safe_precision + _ALPHA / safe_recall), 0)
+    words = counts[:, 21:].mean(axis=1)
+    fragmentation = np.divide(counts[:, 20], words, out=np.zeros(len(counts)), where=words > 0)
+    return mean * (1 - _GAMMA * fragmentation**_BETA_METEOR)
 
 
 def _ngrams(text: str) -> NGrams:
@@ -219,8 +259,10 @@ def _cider(captions: Sequence[NGrams], truths: Sequence[Sequence[NGrams]]) -> Fl
     return scores
 
 
-def _meteor(captions: Sequence[str], truths: Sequence[Sequence[str]]) -> tuple[float, Float[np.ndarray, " images"]]:
-    """METEOR 1.5 (Denkowski and Lavie 2014), from the Java program's line protocol.
+def _meteor_counts(captions: Sequence[str], truths: Sequence[Sequence[str]]) -> Float[np.ndarray, "images 23"]:
+    """What METEOR 1.5's Java program counts of each caption and its best reference, by its line protocol.
+
+    A caption that equals its reference counts no chunk, as where the program adds captions up.
 
     Raises:
         SetupError: If Java or the program is missing, or it fails.
@@ -260,20 +302,20 @@ def _meteor(captions: Sequence[str], truths: Sequence[Sequence[str]]) -> tuple[f
         assert process.stdout is not None
         feed = threading.Thread(target=_write, args=(process.stdin, lines), daemon=True)
         feed.start()
-        statistics = [process.stdout.readline().strip() for _ in lines]
+        answers = [process.stdout.readline().strip() for _ in lines]
         feed.join()
-        _write(process.stdin, [" ||| ".join(("EVAL", *statistics))])
-        answers = [process.stdout.readline().strip() for _ in range(len(lines) + 1)]
         _write(process.stdin, [], close=True)
         process.kill()
     try:
-        values = [float(answer) for answer in answers]
+        counts = np.array([[float(number) for number in answer.split()] for answer in answers]).reshape(-1, 23)
     except ValueError:
         raise SetupError(
-            f"METEOR ({program}) stopped after {sum(map(bool, answers))} of {len(answers)} scores",
+            f"METEOR ({program}) stopped after {sum(map(bool, answers))} of {len(answers)} captions",
             hint="Run that program by hand to see its message, or leave meteor out.",
         ) from None
-    return values[-1], np.array(values[:-1])
+    whole = (counts[:, 21] == counts[:, 0]) & (counts[:, 22] == counts[:, 1]) & (counts[:, 20] == 1)
+    counts[whole, 20] = 0
+    return counts
 
 
 def _write(stream: IO[str], lines: Sequence[str], *, close: bool = False) -> None:

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from gmail_cli.errors import InputError
 
 WEIGHT = 2.5
+PROMPT = "A photo depicts "
+"""What published scores put before every caption and reference (section 3)."""
 
 
 def clip_score(images: Float[np.ndarray, "n dim"], *, captions: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, " n"]:

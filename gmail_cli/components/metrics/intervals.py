@@ -114,15 +114,46 @@ def paired_difference(
         InputError, UsageError: As :func:`bootstrap_mean`; also when the two lengths differ.
     """
     base, other = _checked(base), _checked(other)
-    if len(base) != len(other):
+    require_same_queries(len(base), len(other))
+    columns = np.stack([other - base, np.ones(len(base))], axis=1)
+    return difference_of_sums(columns, statistic=_mean_of_sums, groups=groups, draws=draws, level=level, seed=seed)
+
+
+def require_same_queries(base: int, other: int) -> None:
+    """Refuse a paired test of two systems that did not answer equally many queries.
+
+    Raises:
+        InputError: Names both numbers.
+    """
+    if base != other:
         raise InputError(
-            f"the two systems have {len(base)} and {len(other)} queries; a paired test needs the same ones",
+            f"the two systems have {base} and {other} queries; a paired test needs the same ones",
             hint="Evaluate both on one test set.",
         )
+
+
+def difference_of_sums(
+    columns: Float[np.ndarray, "rows columns"],
+    *,
+    statistic: Callable[[Float[np.ndarray, "draws columns"]], Float[np.ndarray, " draws"]],
+    groups: Int[np.ndarray, " rows"] | None = None,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> PairedDifference:
+    """:func:`paired_difference` of two systems by a statistic of column sums, such as corpus BLEU.
+
+    Args:
+        columns: One row per query: what both systems did with it.
+        statistic: From summed columns, one row per draw, to other minus base of each draw.
+
+    Raises:
+        InputError, UsageError: As :func:`bootstrap_mean`.
+    """
     _check_settings(draws, level)
-    totals = _group_sums(np.stack([other - base, np.ones(len(base))], axis=1), groups)
-    observed = float(_mean_of_sums(totals.sum(axis=0, keepdims=True))[0])
-    drawn = np.concatenate([_mean_of_sums(sums) for sums in _resampled(totals, draws, seed)])
+    totals = _group_sums(_checked(columns), groups)
+    observed = float(statistic(totals.sum(axis=0, keepdims=True))[0])
+    drawn = np.concatenate([statistic(sums) for sums in _resampled(totals, draws, seed)])
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     rounding = 1e-12 * max(1.0, abs(observed))
     extreme = int((np.abs(drawn - observed) >= abs(observed) - rounding).sum())

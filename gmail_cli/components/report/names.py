@@ -19,6 +19,7 @@ TASK_LABELS = {
     "clip": "CLIP",
     "clipcap": "captioning",
     "linear-probe": "the linear probe",
+    "features": "the image features",
     "gap": "the modality gap",
 }
 
@@ -43,6 +44,8 @@ _LABELS = {
     "meteor": "METEOR",
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
+    "clip_score": "CLIPScore",
+    "ref_clip_score": "RefCLIPScore",
     "paired_cosine": "cosine of a generated image with the real one of its caption",
     "unpaired_cosine": "cosine with the real image of another caption",
     "centroid_cosine": "cosine of the two means",
@@ -55,6 +58,9 @@ _PARTS = (
     ("text_to_image", "text→image"),
     ("image_to_text", "image→text"),
     ("zero_shot_", "zero-shot "),
+    ("nearest_neighbour_", "k-NN "),
+    ("nearest_mean_", "nearest mean "),
+    ("linear_probe_", "linear probe "),
     ("top_1_accuracy", "accuracy"),
     ("top_5_accuracy", "top-5 accuracy"),
     ("mean_per_class_accuracy", "mean per class"),
