@@ -273,14 +273,9 @@ def index(
             flag = "--embeddings" if embeddings else "--dry-run"
             hint = "Leave it out, or leave out --from, --add, --remove and --rebuild."
             raise UsageError(f"{flag} does not go with changing an index", hint=hint)
-        artifact: Artifact | None = _change_index(context, from_, add, remove, rebuild)
+        _change_index(context, from_, add, remove, rebuild)
     else:
-        artifact = _stage("index", context, embeddings=embeddings)
-    if artifact is not None:
-        from gmail_cli.stages import index as stage
-
-        for name, lines in stage.candidates(artifact).items():
-            _say(f"candidates for {name}:\n{lines}")
+        _stage("index", context, embeddings=embeddings)
 
 
 @app.command(name="eval")
@@ -679,9 +674,7 @@ def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | No
     return artifact
 
 
-def _change_index(
-    context: _Context, from_: Path | None, add: Path | None, remove: Path | None, rebuild: bool
-) -> Artifact:
+def _change_index(context: _Context, from_: Path | None, add: Path | None, remove: Path | None, rebuild: bool) -> None:
     from gmail_cli.artifacts import Artifact
     from gmail_cli.stages import index as stage
 
@@ -703,7 +696,6 @@ def _change_index(
         )
     _announce(artifact, False)
     typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
-    return artifact
 
 
 def _describe(artifact: Artifact) -> dict[str, Any]:
@@ -723,6 +715,11 @@ def _announce(artifact: Artifact, reused: bool) -> None:
     for key in ("verdict", "note"):
         if artifact.summary.get(key):
             _say(f"  {artifact.summary[key]}")
+    if artifact.stage == "index":
+        from gmail_cli.stages import index as stage
+
+        for name, lines in stage.candidates(artifact).items():
+            _say(f"candidates for {name}:\n{lines}")
 
 
 def _shown(path: Path) -> str:

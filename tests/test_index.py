@@ -254,8 +254,16 @@ def test_lists_on_disk_are_part_of_the_artifact(workspace: Workspace) -> None:
     assert made.file("test-images.lists").stat().st_size > 3000 * 8 * 4
     assert made.file("test-images.faiss").stat().st_size < here.file("test-images.faiss").stat().st_size / 4
     assert nearest(made, TEXTS.vectors[:20]) == nearest(here, TEXTS.vectors[:20])
-    with pytest.raises(UsageError, match="on disk and cannot be changed in place"):
-        index.update(profile(), workspace, index=made, add=embed(workspace, table("test-images", first=9000, seed=5)))
+    more = embed(workspace, table("test-images", first=9000, seed=5))
+    gone = workspace.root / "gone.txt"
+    gone.write_text("\n".join(f"test-images-{row}" for row in range(0, 3000, 3)))
+    changed, same = (index.update(profile(), workspace, index=each, add=more, remove=gone) for each in (made, here))
+    assert changed.verify() == []
+    entries = [each.read_json("index.json")["tables"]["test-images"] for each in (changed, same)]
+    assert [entry["storage"] for entry in entries] == ["disk", "memory"]
+    assert [entry["count"] for entry in entries] == [2040, 2040]
+    assert entries[0]["recall_at_10"] == entries[1]["recall_at_10"]
+    assert nearest(changed, TEXTS.vectors[:20]) == nearest(same, TEXTS.vectors[:20])
     rebuilt = index.update(profile(kind="ivf-flat"), workspace, index=made, rebuild=True)
     assert nearest(rebuilt, TEXTS.vectors[:20]) == nearest(here, TEXTS.vectors[:20])
     made.file("test-images.lists").write_bytes(made.file("test-images.lists").read_bytes()[:-9])

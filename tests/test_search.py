@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from gmail_cli.components import search
 from gmail_cli.components.search import KINDS, Kind, Limits, VectorIndex
 from gmail_cli.components.search import choosing as chooser
+from gmail_cli.components.search.kinds import Recipe
 from gmail_cli.errors import InputError, UsageError
 
 APPROXIMATE = tuple(kind for kind in KINDS if kind != "flat")
@@ -185,6 +187,64 @@ def test_lists_merged_from_shards_on_disk_find_what_lists_in_memory_find(
     assert not capfd.readouterr().out  # standard output is for results
     assert built.chosen.memory < made[kind].chosen.memory / 2
     assert (folder / "photos.faiss").stat().st_size == pytest.approx(built.chosen.memory, rel=0.1, abs=3000)
+
+
+@pytest.mark.parametrize("kind", search.DISK_KINDS)
+def test_lists_on_disk_are_changed_as_lists_in_memory_are(kind: Kind, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    lists = search.Shards(tmp_path / "scratch", tmp_path / "old" / "lists")
+    built = search.build(VECTORS[:2000], queries=QUERIES, kind=kind, limits=Limits(recall=0.9), lists=lists).index
+    built.write(tmp_path / "old" / "photos.faiss", lists="lists")
+    here = search.build(VECTORS[:2000], queries=QUERIES, kind=kind, limits=Limits(recall=0.9)).index
+    keep = np.arange(2000) % 7 != 3
+    parts = search.Shards(tmp_path / "parts", tmp_path / "lists", rows=300)
+    old = tmp_path / "old" / "photos.faiss"
+    changed = search.edit_on_disk(lambda: search.load(old, lists=True), keep=keep, add=VECTORS[2000:], shards=parts)
+    assert len(list(parts.scratch.iterdir())) > 8
+    wanted = search.edit(here, keep=keep, add=VECTORS[2000:])
+    assert (changed.kind, changed.count, changed.effort) == (kind, int(keep.sum()) + 1000, wanted.effort)
+    found, expected = (each.search(QUERIES, k=10) for each in (changed, wanted))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+    none = np.empty((0, VECTORS.shape[1]), dtype=np.float32)
+    changed.write(tmp_path / "photos.faiss", lists="lists")
+    rest = search.edit_on_disk(
+        lambda: search.load(tmp_path / "photos.faiss", lists=True),
+        keep=np.arange(changed.count) < 5,
+        add=none,
+        shards=search.Shards(tmp_path / "again", tmp_path / "rest"),
+    )
+    assert set(rest.search(QUERIES, k=5).ids.ravel()) <= {-1, *range(5)}
+    assert rest.count == 5
+
+
+def test_an_interrupted_choice_on_disk_measures_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = search.Shards(tmp_path / "scratch", tmp_path / "lists")
+    limits = Limits(recall=0.9, latency=1000.0)
+    measure, seen = chooser._Job.measure, []
+
+    def until_killed(self: chooser._Job, recipe: Recipe, **options: bool) -> Any:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(recipe.kind)
+        return measure(self, recipe, **options)
+
+    monkeypatch.setattr(chooser._Job, "measure", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        search.build(VECTORS, queries=QUERIES, limits=limits, lists=shards)
+    before = shards.measured()
+    assert list(before) == seen == ["ivf-flat", "ivf-sq8"]
+
+    def noted(self: chooser._Job, recipe: Recipe, **options: bool) -> Any:
+        seen.append(recipe.kind)
+        return measure(self, recipe, **options)
+
+    monkeypatch.setattr(chooser._Job, "measure", noted)
+    made = search.build(VECTORS, queries=QUERIES, limits=limits, lists=shards)
+    assert seen == list(search.DISK_KINDS)
+    rows = {row.kind: row for row in made.candidates}
+    for kind, row in before.items():
+        assert rows[kind].latency == row["latency"] or rows[kind].verdict == "chosen"
 
 
 def test_an_interrupted_build_on_disk_uses_the_shards_it_finds(tmp_path: Path) -> None:

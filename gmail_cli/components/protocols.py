@@ -140,10 +140,16 @@ REGISTRY = {
             images=7805,
             captions=1,
             kind="long",
-            about="Densely Captioned Images, every image with its whole description (LoTLIP).",
+            about="Densely Captioned Images, all splits, short and extra caption joined (LoTLIP).",
         ),
         Protocol(name="docci-5k", images=5000, captions=1, kind="long", about="DOCCI, test split (Onoe et al. 2024)."),
-        Protocol(name="iiw-612", images=612, captions=1, kind="long", about="ImageInWords, its 612 images (LoTLIP)."),
+        Protocol(
+            name="iiw-612",
+            images=612,
+            captions=1,
+            kind="long",
+            about="ImageInWords: IIW-400, and its 112 images of DCI and 100 of DOCCI (LoTLIP).",
+        ),
     )
 }
 

@@ -241,22 +241,32 @@ def _edit(
     live: list[Any],
     origin: tuple[np.ndarray, tuple[np.ndarray, str]] | None,
 ) -> dict[str, Any]:
-    if old["storage"] == "disk":
-        hint = "Add --rebuild, or set index.storage=memory and rebuild."
-        raise UsageError(f"the inverted lists of {name} are on disk and cannot be changed in place", hint=hint)
     added = new.vectors if new is not None else np.empty((0, old["dim"]), dtype=np.float32)
-    index = vectors.edit(sources.open_index(old_index, name, resident=True), keep=keep, add=added)
+    on_disk, lists = old["storage"] == "disk", f"{name}.lists"
+    if on_disk:
+        edited: list[VectorIndex] = []
+
+        def edit(path: Path) -> None:
+            shards = vectors.Shards(slot.scratch(f"{name}.shards"), path)
+            edited.append(
+                vectors.edit_on_disk(lambda: sources.open_index(old_index, name), keep=keep, add=added, shards=shards)
+            )
+
+        slot.write_with(lists, edit)
+        index, memory = edited[0], old["memory"]  # of the cells alone
+    else:
+        index = vectors.edit(sources.open_index(old_index, name, resident=True), keep=keep, add=added)
+        memory = vectors.predicted_bytes(index.kind, count=index.count, dim=index.dim, spec=old["spec"])
     recall, queries = None, old["recall_queries"]
     if origin is not None:
         recall, queries = vectors.measure_recall(index, origin[0], origin[1][0]), origin[1][1]
-    slot.write_with(f"{name}.faiss", index.write)
+    slot.write_with(f"{name}.faiss", lambda path: index.write(path, lists=lists if on_disk else ""))
     slot.write_jsonl(f"{name}.rows.jsonl", live)
-    memory = vectors.predicted_bytes(index.kind, count=index.count, dim=index.dim, spec=old["spec"])
     return (
         entry
         | _described(index, recall, queries)
         | {
-            "storage": "memory",
+            "storage": old["storage"],
             "spec": old["spec"],
             "memory": memory,
             "latency": None,

@@ -22,6 +22,7 @@ from gmail_cli.components.search.choosing import (
     measure_recall,
 )
 from gmail_cli.components.search.disk import Shards
+from gmail_cli.components.search.disk import edit as edit_on_disk
 from gmail_cli.components.search.indexes import (
     Hits,
     VectorIndex,
@@ -51,6 +52,7 @@ __all__ = [
     "candidates_table",
     "check_unit",
     "edit",
+    "edit_on_disk",
     "exact",
     "load",
     "measure_recall",

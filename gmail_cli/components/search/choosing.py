@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -251,7 +251,7 @@ class _Job:
             if self.progress:
                 self.progress(done, len(tried) + 1)
             last = each is tried[-1] and not any(self.meets(row) for row in rows.values())
-            candidate, rows[each.kind] = self.measure(each, patient=last)
+            candidate, rows[each.kind] = self.measured(each, patient=last)
             if candidate is not None and self.best(rows) == each.kind:
                 kept = (each.kind, candidate)
         while (best := self.best(rows)) is not None:
@@ -345,6 +345,19 @@ class _Job:
         recall = self.tune(index, vectors)
         row = replace(row, seconds=seconds, recall=recall, latency=self.latency(index) * scale, effort=index.effort)
         return index, replace(row, verdict=self.verdict(row))
+
+    def measured(self, recipe: Recipe, *, patient: bool) -> tuple[VectorIndex | None, Candidate]:
+        """:meth:`measure`; for lists on disk, a row that an interrupted choice has measured is taken from there."""
+        if self.lists is None:
+            return self.measure(recipe, patient=patient)
+        known = self.lists.measured()
+        if recipe.kind not in known:
+            known[recipe.kind] = asdict(self.measure(recipe, patient=patient)[1])
+            self.lists.keep_measured(known)
+        row = Candidate(**known[recipe.kind])
+        if recipe.kind == "ivf-flat":
+            self._whole_effort = row.effort or 1
+        return None, row
 
     def whole(self, recipe: Recipe) -> tuple[VectorIndex, Candidate, float]:
         """Build on all vectors, search harder until the target is reached; timed when there is a limit of time."""

@@ -291,14 +291,23 @@ def edit(index: VectorIndex, *, keep: Bool[np.ndarray, " count"], add: Float[np.
     Raises:
         InputError: The added vectors do not fit, or not all have unit length.
     """
-    if add.shape[1] != index.dim:
-        raise InputError(f"the vectors to add have {add.shape[1]} dimensions and the index has {index.dim}")
-    check_unit(add, name="the vectors to add")
+    check_added(index, add)
     raw = index._index
     if not keep.all():
         raw = _without(index.kind, raw, keep)
     fill(raw, add, nearest=None)
     return VectorIndex(index.kind, raw)
+
+
+def check_added(index: VectorIndex, add: Float[np.ndarray, "added dim"]) -> None:
+    """Refuse vectors to add that do not fit an index.
+
+    Raises:
+        InputError: They have another dimension, or not all have unit length.
+    """
+    if add.shape[1] != index.dim:
+        raise InputError(f"the vectors to add have {add.shape[1]} dimensions and the index has {index.dim}")
+    check_unit(add, name="the vectors to add")
 
 
 def _without(kind: Kind, index: Any, keep: np.ndarray) -> Any:
