@@ -2,6 +2,10 @@
 
     python benchmarks/retrieval.py [--images 5000] [--captions 5] [--dim 512] [--repeat 3]
     python benchmarks/retrieval.py --embeddings runs/<run>/embed/latest
+    python benchmarks/retrieval.py --images 200000 --slice 60
+
+With --slice only the first seconds of our side are run, on the whole input: what all would take follows from the share
+of tiles done, and memory is already that of all.
 
 Random unit vectors with a common part per image, or the test images and short test captions of an embed artifact.
 Each side runs in a process of its own, so that its peak
@@ -12,6 +16,7 @@ otherwise its method (the whole score matrix, top k, a one-hot tensor per k) is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -84,6 +89,35 @@ def peer(images: np.ndarray, texts: np.ndarray, owners: np.ndarray) -> dict[str,
     return found
 
 
+class _EnoughError(Exception):
+    """Raised inside the ranking when the slice is done."""
+
+
+def part(options: argparse.Namespace) -> None:
+    """Rank for some seconds and print what all would take."""
+    from gmail_cli.components.metrics.retrieval import retrieval_ranks
+
+    images, texts, owners = world(options.images, options.captions, options.dim)
+    print(f"{len(images)} x {len(texts)}, {options.dim} dimensions, {os.cpu_count()} cores")
+    Path("/proc/self/clear_refs").write_text("5")
+    before, begun, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
+    marks: list[tuple[int, int, float, float]] = []
+
+    def progress(done: int, total: int) -> None:
+        marks.append((done, total, time.perf_counter(), time.process_time()))
+        if marks[-1][2] - marks[0][2] > options.slice:
+            raise _EnoughError
+
+    with contextlib.suppress(_EnoughError):
+        retrieval_ranks(images, texts=texts, owners=owners, progress=progress)
+    (first, total, clock, used), (last, _, clock_now, used_now) = marks[0], marks[-1]
+    print(f"before the tiles: {clock - begun:.0f} s, {used - cpu:.0f} s of CPU time")
+    scale = (total - 1) / (last - first)
+    print(f"tiles {last} of {total} in {clock_now - clock:.0f} s, {used_now - used:.0f} s of CPU time")
+    print(f"all: {scale * (clock_now - clock) / 60:.1f} minutes, {scale * (used_now - used) / 60:.1f} of CPU time")
+    print(f"peak {memory('VmHWM') / 1024:.2f} GiB, {memory('VmHWM') - before:.0f} MB above the inputs")
+
+
 def memory(field: str) -> float:
     """A field of /proc/self/status in MB: VmRSS now, VmHWM the peak since it was last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -114,8 +148,12 @@ def main() -> None:
     parser.add_argument(
         "--embeddings", type=Path, metavar="ARTIFACT", help="an embed artifact instead of random vectors"
     )
+    parser.add_argument("--slice", type=float, metavar="SECONDS", help="rank for so long and say what all would take")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.slice:
+        part(options)
+        return
     if options.side:
         measure(options)
         return
