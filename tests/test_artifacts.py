@@ -297,7 +297,7 @@ def test_gc_keeps_what_another_run_was_made_from(tmp_path: Path) -> None:
     workspace, other = Workspace(tmp_path, "r"), Workspace(tmp_path, "s")
     used, unused = make(workspace, rank=1), make(workspace, rank=2)
     newest = make(workspace, rank=3)
-    with other.open(StageKey(stage="train", version=1, settings={}, inputs={"aligned": used.digest})) as slot:
+    with other.open(StageKey(stage="train", settings={}, inputs={"aligned": used.digest})) as slot:
         slot.commit(summary={})
     assert workspace.collect_garbage() == [unused.path]
     assert {artifact.digest for artifact in workspace.artifacts()} == {used.digest, newest.digest}
