@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_cli import gmail
 
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components.tables import Flow, Modality, Table
@@ -228,6 +229,25 @@ def test_changes_that_cannot_be_are_refused(workspace: Workspace, tmp_path: Path
         index.update(profile(), workspace, index=made, add=embed(workspace, TEXTS))
     with pytest.raises(InputError, match="was made by `gmail embed`"):
         index.update(profile(), workspace, index=embeddings, rebuild=True)
+
+
+def test_commands_that_need_no_tower_load_none(workspace: Workspace, tmp_path: Path) -> None:
+    """torch, open_clip and what they bring cost seconds; `gmail index` and `gmail score` read tables and files only."""
+    embeddings = embed(workspace, IMAGES, TEXTS)
+    for name, values in (("images", IMAGES.vectors), ("texts", TEXTS.vectors), ("owners", np.arange(120) % 40)):
+        np.save(tmp_path / f"{name}.npy", values)
+    files = [word for name in ("images", "texts", "owners") for word in (f"--{name}", f"{name}.npy")]
+    for command in (
+        ["index", "--workspace", "runs", "--run", "test", "--embeddings", str(embeddings.path)],
+        ["score", "retrieval", *files],
+    ):
+        done = gmail(*command, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+        assert done.returncode == 0, done.stderr
+        loaded = {
+            line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")
+        }
+        assert "numpy" in loaded
+        assert not loaded & {"torch", "open_clip", "transformers", "torchvision"}
 
 
 # -- limits and lists on disk -----------------------------------------------------------------------------------------
