@@ -331,20 +331,23 @@ def test_features_of_each_image_tower_classify_the_test_images(world: World) -> 
     rng = np.random.default_rng(4)
     labels = [str(image.label) for image in world.test.images]
     names = sorted(set(labels))
-    directions = rng.standard_normal((len(names), DIM))
+    original, trained = rng.standard_normal((2, len(names), DIM))
     learnt = [names[row % len(names)] for row in range(6 * len(names))]
     train_rows = [{"id": f"t{row}", "label": label} for row, label in enumerate(learnt)]
     test_rows = [{"id": image.id, "label": image.label} for image in world.test.images]
 
-    def noisy(of: list[str], noise: float) -> np.ndarray:
+    def noisy(of: list[str], directions: np.ndarray, noise: float) -> np.ndarray:
         clean = directions[[names.index(label) for label in of]]
         return clean + noise * rng.standard_normal(clean.shape)
 
     name = "clip.real.seed0"
-    tables = [table("test-images", noisy(labels, 1.2), test_rows, "image", "real"), world.texts("test-texts", 1.3, 9)]
-    tables.append(table("train-images", noisy(learnt, 1.2), train_rows, "image", "real"))
-    tables.append(table(f"test-images@{name}", noisy(labels, 0.1), test_rows, "image", "real"))
-    tables.append(table(f"train-images@{name}", noisy(learnt, 0.1), train_rows, "image", "real"))
+    tables = [
+        table("test-images", noisy(labels, original, 1.2), test_rows, "image", "real"),
+        world.texts("test-texts", 1.3, 9),
+    ]
+    tables.append(table("train-images", noisy(learnt, original, 1.2), train_rows, "image", "real"))
+    tables.append(table(f"test-images@{name}", noisy(labels, trained, 0.1), test_rows, "image", "real"))
+    tables.append(table(f"train-images@{name}", noisy(learnt, trained, 0.1), train_rows, "image", "real"))
     tables.append(world.texts(f"test-texts@{name}", 0.3, 2))
     with world.workspace.open(StageKey(stage="embed", settings={"features": True})) as slot:
         for each in tables:
