@@ -204,7 +204,7 @@ class Artifact:
         Raises:
             InputError: Names both versions.
         """
-        made, known = self.manifest["key"]["version"], VERSIONS.get(self.stage)
+        made, known = self.manifest["key"].get("version"), VERSIONS.get(self.stage)
         if made != known:
             raise InputError(
                 f"{self.path} was made by version {made} of `gmail {self.stage}`, and this gmail has version {known}",

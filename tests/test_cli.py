@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from gmail_cli.artifacts import VERSIONS
 from gmail_cli.cli import main
 from gmail_cli.doctor import examine
 
@@ -129,10 +130,12 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     (tmp_path / "broken.toml").write_text("[data\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.bin").write_text("x")
-    manifest = {"schema": "gmail.manifest/1", "key": {"stage": "embed"}}
+    manifest = {"schema": "gmail.manifest/1"}
     for stage in ("embed", "index"):
         (tmp_path / "made" / stage).mkdir(parents=True)
-        (tmp_path / "made" / stage / "manifest.json").write_text(json.dumps({**manifest, "key": {"stage": stage}}))
+        (tmp_path / "made" / stage / "manifest.json").write_text(
+            json.dumps({**manifest, "key": {"stage": stage, "version": VERSIONS[stage]}})
+        )
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["gmail", *arguments])
