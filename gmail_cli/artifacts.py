@@ -58,6 +58,15 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def digest_of_list(items: Iterable[str]) -> str:
+    """:func:`digest_of` a list whose items come one at a time, each as its canonical JSON."""
+    digest = hashlib.sha256(b"[")
+    for row, item in enumerate(items):
+        digest.update((f",{item}" if row else item).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 (64 hex digits) of a file's bytes."""
     with path.open("rb") as stream:
@@ -312,10 +321,73 @@ class Checkpoints:
         self._path.unlink(missing_ok=True)
 
 
+class RowLog:
+    """Rows that one process at a time appends in a slot's scratch folder, until the log is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._growing = path.with_suffix(".growing")
+
+    def is_complete(self) -> bool:
+        """Whether all its rows are there."""
+        return self._path.exists()
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Hold the log alone; false where another process holds it or it is complete."""
+        import fcntl
+
+        with self._growing.open("ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            if self.is_complete():  # it was being completed meanwhile
+                self._growing.unlink(missing_ok=True)
+                yield False
+                return
+            yield True
+
+    def read(self) -> list[dict[str, Any]]:
+        """Its rows so far; a torn last line is cut off the file first."""
+        return _read_journal_rows(self._path if self.is_complete() else self._growing)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows and flush them to disk."""
+        _append_rows(self._growing, rows)
+
+    def complete(self) -> None:
+        """Say that all rows are there."""
+        self._growing.rename(self._path)
+
+    def keep(self, count: int) -> None:
+        """Cut it to its first ``count`` rows, to be continued."""
+        rows = self.read()[:count]
+        _write_text(self._growing, "".join(canonical_json(row) + "\n" for row in rows))
+        self._path.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """What one process of a job array leaves when others still have work.
+
+    Attributes:
+        key: What is being made.
+        done: Shards that are there.
+        shards: Shards in all.
+    """
+
+    key: StageKey
+    done: int
+    shards: int
+
+
 class Slot:
     """The folder a stage is making (``done`` False) or finds complete (``done`` True).
 
-    Processes that share it (``Workspace.open(key, shared=True)``) may only save checkpoints in it.
+    Processes that share it (``Workspace.open(key, shared=True)``) may only save checkpoints, keep logs and write loose
+    files in it.
     """
 
     def __init__(
@@ -399,10 +471,13 @@ class Slot:
         """The checkpoint file of one training run inside the stage."""
         return Checkpoints(self.scratch(f"{name}.safetensors"))
 
+    def log(self, name: str) -> RowLog:
+        """A log of rows that several processes may take turns at: kept over restarts, gone at commit."""
+        return RowLog(self.scratch(f"{name}.jsonl"))
+
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        """Rows of a file written with :meth:`append_jsonl`; a torn last line is cut off the file first."""
-        path = self.path(name)
-        return _read_journal_rows(path) if path.exists() else []
+        """Rows of a JSON Lines payload file that is there."""
+        return _read_journal_rows(self.path(name))
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -418,6 +493,36 @@ class Slot:
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write bytes."""
         return self.write_with(name, lambda path: path.write_bytes(content))
+
+    def write_loose(self, name: str, content: bytes) -> None:
+        """Write bytes that are no part of the artifact before :meth:`adopt`; whichever process does, the same bytes."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, lambda temporary: temporary.write_bytes(content))
+
+    def link_loose(self, name: str, source: Path) -> None:
+        """:meth:`write_loose` of another artifact's file, without a copy where the file system can."""
+
+        def writer(temporary: Path) -> None:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, writer)
+
+    def adopt(self, name: str, *, sha256: str, size: int) -> bool:
+        """Enter a loose file; false where it is not there with that size.
+
+        It is entered in memory only: whoever resumes adopts again.
+        """
+        self._files[name] = {"sha256": sha256, "size": size}
+        if self.has(name):
+            return True
+        del self._files[name]
+        return False
 
     def write_text(self, name: str, text: str) -> Path:
         """Write UTF-8 text with Unix line ends."""
@@ -502,24 +607,6 @@ class Slot:
         marker.touch()
         return target
 
-    def append_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to a JSON Lines file and flush them to disk; entered in the manifest at commit."""
-        path = self.path(name)
-        if name not in self._files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._files[name] = {"open": True}
-            self._journal({"name": name, "open": True})
-        with path.open("ab") as stream:
-            stream.write("".join(canonical_json(row) + "\n" for row in rows).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def keep_rows(self, name: str, count: int) -> None:
-        """Cut an appended JSON Lines file to its first ``count`` rows (those before a restored checkpoint)."""
-        rows = self.read_jsonl(name)
-        if len(rows) > count:
-            _write_text(self.path(name), "".join(canonical_json(row) + "\n" for row in rows[:count]))
-
     def remove(self, name: str) -> None:
         """Drop a payload file."""
         self._files.pop(name, None)
@@ -534,9 +621,6 @@ class Slot:
             device: Where it was computed, such as ``cpu`` or ``cuda: NVIDIA H200``.
         """
         assert not self._shared, "processes that share a slot do not commit it"
-        for name, entry in list(self._files.items()):
-            if entry.get("open"):
-                self._enter(name)
         files = {name: self._files[name] for name in sorted(self._files)}
         for name in files:
             if not self.has(name):
@@ -790,6 +874,13 @@ def _write(path: Path, writer: Callable[[Path], object]) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     _write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def _append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("ab") as stream:
+        stream.write("".join(canonical_json(row) + "\n" for row in rows).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

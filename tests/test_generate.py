@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gmail_cli.artifacts import Workspace
+from gmail_cli.artifacts import Artifact, Waiting, Workspace
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import Generate, Profile, build
@@ -347,7 +347,18 @@ CHANGES: dict[str, Any] = {
     "batch_size": 3,
     "format": "jpg",
 }
-OTHERWISE_TESTED = {"source", "import_path", "model", "revision", "kinds", "height", "width", "quality"}
+OTHERWISE_TESTED = {
+    "source",
+    "import_path",
+    "model",
+    "revision",
+    "kinds",
+    "height",
+    "width",
+    "quality",
+    "lora",
+    "lora_scale",
+}
 
 
 def test_every_setting_moves_the_digest(pipeline_folder: Path, captions_file: Path) -> None:
@@ -521,9 +532,70 @@ def test_a_damaged_image_of_an_interrupted_run_is_made_again(
         generate.run(profile, workspace, progress=stop)
     partial = workspace.folder("generate") / f"{expected.digest[:12]}.partial"
     (partial / "images" / "000" / "102-0.png").write_bytes(b"torn")
-    with (partial / "records.jsonl").open("ab") as stream:
+    with (partial / "scratch" / "records" / "000000000.growing").open("ab") as stream:
         stream.write(b'{"key": "torn')
     assert generate.run(profile, workspace).files == expected.files
+
+
+# -- parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_drawn_apart_end_in_the_bytes_of_one_process(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    monkeypatch.setattr(generate, "SHARD", 8)
+    profile = profile_for(pipeline_folder, captions_file, per_caption=2, scheduler="EulerAncestralDiscreteScheduler")
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))  # 48 images in 6 shards
+    workspace = Workspace(tmp_path / "parts")
+    found = [generate.run_part(profile, workspace, part=(part, parts)) for part in range(parts, 0, -1)]
+    counts = [each.done for each in found[:-1] if isinstance(each, Waiting)]
+    assert len(counts) == parts - 1, "only the last one finds every shard done"
+    assert counts == sorted(set(counts))
+    assert isinstance(found[-1], Artifact)
+    assert found[-1].content == expected.content
+    assert found[-1].verify() == []
+    assert found[-1].summary == expected.summary
+    again = generate.run_part(profile, workspace, part=(1, parts))
+    assert isinstance(again, Artifact)
+
+
+def test_a_run_without_part_finishes_what_parts_left_and_makes_lost_images_again(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "SHARD", 8)
+    profile = profile_for(pipeline_folder, captions_file)  # 24 images in 3 shards
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))
+    workspace = Workspace(tmp_path / "parts")
+    told: list[tuple[int, int]] = []
+    waiting = generate.run_part(profile, workspace, part=(2, 2), progress=lambda *at: told.append(at))
+    assert waiting == Waiting(generate.plan_key(profile), 2, 3)
+    assert told[-1] == (16, 16)
+    lost = next(workspace.folder("generate").rglob("111-0.png"))
+    lost.write_bytes(b"torn")
+    assert generate.run(profile, workspace).content == expected.content
+
+
+def test_shards_that_another_process_draws_are_left_to_it(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "SHARD", 8)
+    profile, workspace = profile_for(pipeline_folder, captions_file), Workspace(tmp_path)
+    with (
+        workspace.open(generate.plan_key(profile), shared=True) as slot,
+        slot.log("records/000000008").claim() as mine,
+    ):
+        assert mine
+        waiting = generate.run_part(profile, workspace, part=(1, 1))
+        assert isinstance(waiting, Waiting)
+        assert waiting.done == 2
+    assert isinstance(generate.run_part(profile, workspace, part=(1, 1)), Artifact)
+
+
+@pytest.mark.parametrize("part", [(0, 2), (3, 2)])
+def test_parts_that_do_not_exist_are_refused(part: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"part {part[0]} of 2"):
+        generate.run_part(build({}), Workspace(tmp_path), part=part)
 
 
 # -- import ----------------------------------------------------------------------------------------------------
