@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+EXPORTED = "images.parquet"
+"""The last file of an export."""
 MANIFEST_SCHEMA = "gmail.manifest/1"
 STAGES = ("generate", "align", "train", "embed", "index", "eval")
 _JOURNAL = "files.jsonl"
@@ -319,6 +322,49 @@ class Checkpoints:
     def remove(self) -> None:
         """Forget the checkpoint."""
         self._path.unlink(missing_ok=True)
+
+
+def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object]]]) -> None:
+    """Write files of the user's one after another, the last of which says that all are there.
+
+    A folder appears whole (:func:`export_folder`). At an fsspec URL each file is put where it belongs when it is
+    complete, and nothing is renamed there: an export that was cut short lacks the last file and is written over.
+
+    Args:
+        target: A folder that does not exist yet or is empty, or a URL such as ``s3://bucket/folder``.
+        files: Name and writer of each, taken one at a time.
+
+    Raises:
+        UsageError: The folder holds something; at the URL there is a complete export.
+        SetupError: It cannot be written.
+    """
+    if "://" not in target:
+
+        def writer(folder: Path) -> None:
+            for name, write in files:
+                write(folder / name)
+
+        export_folder(Path(target), writer)
+        return
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(target)
+    except (ImportError, ValueError) as error:
+        raise SetupError(f"cannot open {target}: {error}", hint="Install the package of its protocol.") from error
+    try:
+        with tempfile.TemporaryDirectory() as local:
+            if system.exists(f"{root}/{EXPORTED}"):
+                raise UsageError(f"{target} is there already", hint="Name a new folder.")
+            system.makedirs(root, exist_ok=True)
+            for name, write in files:
+                path = Path(local, name)
+                write(path)
+                system.put_file(str(path), f"{root}/{name}")
+                path.unlink()
+    except OSError as error:
+        hint = "Check the address and the rights to write there."
+        raise SetupError(f"cannot write {target}: {error}", hint=hint) from error
 
 
 class RowLog:

@@ -473,17 +473,27 @@ def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) ->
 
 @artifacts_app.command(name="export")
 def artifacts_export(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Embed artifact.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Generate or embed artifact.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="New or empty folder; for images also a URL such as s3://bucket/a.")
+    ],
+    shard_images: Annotated[int, typer.Option(parser=count, metavar="N", help="Images in one tar.")] = 10_000,
 ) -> None:
-    """Write embeddings in clip-retrieval's folder layout (img_emb, text_emb, metadata), a row per image."""
+    """Write images as WebDataset tars and a Parquet table, or embeddings in clip-retrieval's folder layout."""
     from gmail_cli.artifacts import Artifact
-    from gmail_cli.stages import embed as stage
+    from gmail_cli.stages import embed
+    from gmail_cli.stages import generate as stage
 
-    left_out = stage.export(Artifact.load(path), folder)
+    artifact = Artifact.load(path)
+    if artifact.stage == "generate":
+        with Progress() as progress:
+            stage.export(artifact, folder, shard_images=shard_images, progress=progress.task("export"))
+        typer.echo(folder)
+        return
+    left_out = embed.export(artifact, Path(folder))
     if left_out:
         _say(f"{left_out} captions left out: the layout has one text per image, the first")
-    typer.echo(_shown(folder))
+    typer.echo(_shown(Path(folder)))
 
 
 @artifacts_app.command(name="verify")
