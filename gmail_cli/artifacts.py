@@ -401,7 +401,11 @@ class RowLog:
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows and flush them to disk."""
-        _append_rows(self._growing, rows)
+        try:
+            _append_rows(self._growing, rows)
+        except OSError as error:
+            _explain_full_disk(error, self._growing)
+            raise
 
     def complete(self) -> None:
         """Say that all rows are there."""
@@ -409,9 +413,10 @@ class RowLog:
 
     def keep(self, count: int) -> None:
         """Cut it to its first ``count`` rows, to be continued."""
-        rows = self.read()[:count]
-        _write_text(self._growing, "".join(canonical_json(row) + "\n" for row in rows))
-        self._path.unlink(missing_ok=True)
+        if self.is_complete():
+            self._path.rename(self._growing)
+        lines = self._growing.read_bytes().splitlines(keepends=True)  # cut in place: the claim is on this very file
+        os.truncate(self._growing, sum(map(len, lines[:count])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -550,6 +555,7 @@ class Slot:
         """:meth:`write_loose` of another artifact's file, without a copy where the file system can."""
 
         def writer(temporary: Path) -> None:
+            temporary.unlink(missing_ok=True)  # it may be a link itself
             try:
                 os.link(source, temporary)
             except OSError:
@@ -912,10 +918,14 @@ def _write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         _write_atomic(path, writer)
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            hint = "Free some space and run the same command again: finished files are kept."
-            raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
+        _explain_full_disk(error, path)
         raise
+
+
+def _explain_full_disk(error: OSError, path: Path) -> None:
+    if error.errno in _DISK_FULL:
+        hint = "Free some space and run the same command again: finished files are kept."
+        raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
 
 
 def _write_text(path: Path, text: str) -> None:

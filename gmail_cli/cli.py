@@ -149,6 +149,10 @@ def generate(
         typer.Option(parser=count, metavar="N", help="Keep the N images of each caption with the highest CLIPScore."),
     ] = None,
     shard: ShardOption = None,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="N", help="With --dry-run: draw N batches to tell time and disk from."),
+    ] = None,
     on_bad: OnBadOption = None,
     profile: ProfileOption = None,
     set_: SetOption = None,
@@ -169,7 +173,13 @@ def generate(
     }
     if import_ is not None:
         flags["generate.source"] = "import"
-    _stage("generate", _Context(profile, set_, run, workspace, as_json, dry_run, flags), part=shard)
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
+    if dry_run:
+        _estimate(context, warm_up or 0)
+    elif warm_up:
+        raise UsageError("--warm-up without --dry-run", hint="Add --dry-run: nothing is written then.")
+    else:
+        _stage("generate", context, part=shard)
 
 
 @app.command()
@@ -623,7 +633,7 @@ class _Context:
             os.environ["OMP_NUM_THREADS"] = str(loaded.runtime.threads)
         return loaded, Workspace(self.root, self.run or loaded.name, on_wait=_say)
 
-    def print_plan(self, steps: list[Any]) -> None:
+    def print_plan(self, steps: list[Any], **more: Any) -> None:
         if self.as_json:
             rows = [
                 {
@@ -635,7 +645,7 @@ class _Context:
                 }
                 for step in steps
             ]
-            typer.echo(json.dumps({"plan": rows}))
+            typer.echo(json.dumps({"plan": rows, **more}))
             return
         words = {"complete": "complete, reused", "resume": "interrupted, resumes", "run": "would run"}
         for step in steps:
@@ -654,6 +664,25 @@ def _inputs(
     named = name == "embed" and not given and context.flags.get("data.test") is not None
     alone = named and profile.embed.flow == "real"  # f_g is the run's latest
     return plan.find_inputs(name, space, given=given, optional_only=alone)
+
+
+def _estimate(context: _Context, batches: int) -> None:
+    """What generating would make and cost."""
+    from gmail_cli import plan
+    from gmail_cli.stages import generate as stage
+
+    profile, space = context.load()
+    steps = plan.steps(profile, space, stages=["generate"])
+    told = stage.estimate(profile, batches=batches)
+    context.print_plan(steps, estimate=told)
+    if context.as_json:
+        return
+    typer.echo(f"          {told['images']:,} images of {told['captions']:,} captions")
+    if batches:
+        typer.echo(
+            f"          {told['seconds_per_image']:.3g} s an image, {told['seconds'] / 3600:.3g} h in all here; "
+            f"{told['bytes_per_image'] / 1e3:.3g} kB an image, {told['bytes'] / 1e9:.3g} GB in all"
+        )
 
 
 def _stage_part(

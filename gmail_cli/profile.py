@@ -157,7 +157,7 @@ class Generate(Section):
     guidance: NonNegative = 7.5
     """Classifier-free guidance scale; 1 or less turns guidance off, as turbo and LCM models want it."""
     prompt_template: str = "{caption}"
-    """What the pipeline is told; `{caption}` stands for the caption."""
+    """What the pipeline is told; `{caption}` stands for the caption, `{label}` for the class of its image."""
     negative_prompt: str = ""
     """What guidance leads away from; needs `guidance` above 1."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
@@ -180,8 +180,8 @@ class Generate(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generate:
-        if "{caption}" not in self.prompt_template:
-            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}}")
+        if "{caption}" not in self.prompt_template and "{label}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}} and {{label}}")
         if self.negative_prompt and self.guidance <= 1:
             raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
         if self.source == "pipeline" and self.keep_best > self.per_caption:

@@ -278,7 +278,7 @@ def sana() -> Any:
             cross_attention_head_dim=4,
             cross_attention_dim=8,
             caption_channels=8,
-            sample_size=8,
+            sample_size=16,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )

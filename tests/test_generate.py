@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import signal
@@ -201,6 +203,20 @@ def test_a_generator_that_stays_blank_stops_the_run(pipeline: Any) -> None:
     try:
         with pytest.raises(SetupError, match=r"'c0'.*cat on a table"):
             next(sampler.draw(JOBS[:4]))
+    finally:
+        hook.remove()
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_named(pipeline: Any) -> None:
+    import torch
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = pipeline.unet.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(SetupError, match=r"batch of 4 images.*\n.*batch_size to 2"):
+            next(diffusion.Sampler(pipeline, sampling=SAMPLING).draw(JOBS))
     finally:
         hook.remove()
 
@@ -519,6 +535,28 @@ def test_ctrl_c_finishes_the_batch_and_the_next_run_goes_on_from_there(
     assert resumed.content == expected.content
 
 
+@pytest.mark.parametrize("last", [3, 6, 11])  # the key, then four images and their log in turn
+def test_a_full_disk_is_named_and_nothing_is_lost(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    profile = profile_for(pipeline_folder, captions_file, limit=6)
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))
+    workspace, whole, calls = Workspace(tmp_path / "full"), os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(SetupError, match="the disk is full"):
+            generate.run(profile, workspace)
+    assert generate.run(profile, workspace).content == expected.content
+
+
 def test_a_damaged_image_of_an_interrupted_run_is_made_again(
     tmp_path: Path, pipeline_folder: Path, captions_file: Path
 ) -> None:
@@ -537,6 +575,31 @@ def test_a_damaged_image_of_an_interrupted_run_is_made_again(
     with (partial / "scratch" / "records" / "000000000.growing").open("ab") as stream:
         stream.write(b'{"key": "torn')
     assert generate.run(profile, workspace).files == expected.files
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_template_holds_caption_and_class(tmp_path: Path, pipeline_folder: Path) -> None:
+    file = tmp_path / "captions.jsonl"
+    rows = [
+        {"key": "a", "caption": "a {label} on a table", "label": "cat"},
+        {"key": "b", "caption": "dogs", "label": "dog"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{label}: {caption}, a photo of a {label}"
+    profile = profile_for(pipeline_folder, file, prompt_template=template)
+    told = generate._Work(profile).jobs
+    assert [job.prompt for job in told] == [
+        "cat: a {label} on a table, a photo of a cat",
+        "dog: dogs, a photo of a dog",
+    ]
+    artifact = generate.run(profile, Workspace(tmp_path))
+    assert [row["caption"] for row in artifact.read_jsonl("records.jsonl")] == ["a {label} on a table", "dogs"]
+    assert generate.regenerate(profile, artifact, count=2) == []
+    file.write_text(json.dumps({"key": "a", "caption": "a cat"}) + "\n")
+    with pytest.raises(InputError, match=r"\{label\} and image 'a' of captions.jsonl has no class"):
+        generate.plan_key(profile_for(pipeline_folder, file, prompt_template="{label}"))
 
 
 # -- parts -----------------------------------------------------------------------------------------------------
@@ -761,6 +824,28 @@ def test_webdataset_and_datasets_read_an_export(
     tars = datasets.load_dataset("webdataset", data_files={"train": shards}, split="train", cache_dir=cache)
     assert [each["json"]["key"] for each in tars] == [row["key"] for row in rows]
     assert tars[0]["png"].size == (32, 32)
+
+
+# -- estimates -------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_is_drawn_from_batches_that_are_not_kept(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = profile_for(pipeline_folder, captions_file, per_caption=2)
+    assert generate.estimate(profile) == {"images": 48, "captions": 24}
+    told = generate.estimate(profile, batches=2)
+    made = generate.run(profile, Workspace(tmp_path / "runs"))
+    sizes = [row["bytes"] for row in made.read_jsonl("records.jsonl")]
+    assert told["bytes_per_image"] == sum(sizes[:8]) // 8
+    assert told["bytes"] == 48 * told["bytes_per_image"]
+    assert told["seconds"] == pytest.approx(48 * told["seconds_per_image"])
+    assert 0 < told["seconds_per_image"] < 60
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    imported = build({"generate": {"source": "import", "import_path": str(made.path)}})
+    with pytest.raises(UsageError, match="imported images are not drawn"):
+        generate.estimate(imported, batches=1)
 
 
 # -- import ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ OPTIONS: dict[str, list[str]] = {
     "flux": ["generate.height=16", "generate.width=16"],
 }
 """What differs from two steps and a guidance of 3."""
-SAMPLING = diffusion.Sampling(steps=2, guidance=3.0, batch_size=2, height=16, width=16)
+SAMPLING = diffusion.Sampling(steps=2, guidance=3.0, batch_size=2, height=32, width=32)
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +77,8 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
     assert told["encodings_reused"]
     assert told["pipeline"] == json.loads((folders / kind / "model_index.json").read_text())["_class_name"]
 
-    generate(monkeypatch, folders / kind, "reversed.jsonl", run="reversed")
-    assert images(Path("runs/reversed/generate/latest")) == expected
     for part in ("2/2", "1/2"):
-        generate(monkeypatch, folders / kind, "captions.jsonl", "--shard", part, run="parts")
+        generate(monkeypatch, folders / kind, "reversed.jsonl", "--shard", part, run="parts")
     assert images(Path("runs/parts/generate/latest")) == expected
     monkeypatch.setattr(diffusion, "ENCODED", {})
     generate(monkeypatch, folders / kind, "captions.jsonl", run="text")

@@ -298,7 +298,7 @@ class Sampler:
         if self._encodings is None or self._encodings.jobs is not jobs:
             self._encodings = _Encodings(self, jobs)
         encode, size = self._encodings, self.sampling.batch_size
-        stop = len(jobs) if stop is None else stop
+        stop = len(jobs) if stop is None else min(stop, len(jobs))
         for first in range(start - start % size, stop, size):
             batch = jobs[first : min(first + size, stop)]
             encode.look_ahead(first)
@@ -358,6 +358,11 @@ class Sampler:
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
                 f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {_first_line(error)}",
                 hint="set others in [generate]; some schedulers need at least 4 steps",
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise SetupError(
+                f"a batch of {sampling.batch_size} images does not fit the memory of the GPU: {_first_line(error)}",
+                hint=f"set generate.batch_size to {max(1, sampling.batch_size // 2)}: it makes another artifact",
             ) from error
         if not torch.equal(before, torch.get_rng_state()):
             raise UsageError(

@@ -227,6 +227,47 @@ def run_part(
     return _afterwards(profile, workspace, made, progress=None)
 
 
+def estimate(profile: Profile, *, batches: int = 0) -> Record:
+    """What `run` would make, and what it would cost.
+
+    Args:
+        profile: As for `run`.
+        batches: How many to draw now, after one that is not counted, to tell time and disk from; nothing is written.
+
+    Returns:
+        images, captions; with ``batches`` also seconds_per_image, seconds, bytes_per_image and bytes.
+
+    Raises:
+        UsageError: Imported images are not drawn.
+    """
+    import time
+
+    work = _Work(profile)
+    told: Record = {"images": len(work.plan), "captions": work.plan.captions}
+    if not batches:
+        return told
+    if profile.generate.source == "import":
+        raise UsageError("--warm-up: imported images are not drawn", hint="Leave --warm-up out.")
+    generate, sampler = profile.generate, work.sampler()
+
+    def draw(count: int) -> list[int]:
+        """Bytes of each image of so many batches."""
+        drawn = (each for batch in sampler.draw(work.jobs, stop=count * generate.batch_size) for each in batch)
+        return [len(_encode(each.pixels, extension=generate.format, quality=generate.quality)) for each in drawn]
+
+    draw(1)  # it also sets things up
+    started = time.perf_counter()
+    written = draw(min(batches, -(-len(work.plan) // generate.batch_size)))
+    seconds = (time.perf_counter() - started) / len(written)
+    size = sum(written) // len(written)
+    return told | {
+        "seconds_per_image": seconds,
+        "seconds": seconds * len(work.plan),
+        "bytes_per_image": size,
+        "bytes": size * len(work.plan),
+    }
+
+
 def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Progress | None = None) -> list[str]:
     """Draw ``count`` images of an artifact again, chosen at random, and compare.
 
@@ -269,7 +310,7 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
     rows = sorted(secrets.SystemRandom().sample(range(len(records)), min(count, len(records))))
     template = profile.generate.prompt_template
     chosen = [records[row] for row in rows]
-    jobs = [diffusion.Job(r["caption_id"], _prompt(template, r["caption"]), r["k"]) for r in chosen]
+    jobs = [diffusion.Job(r["caption_id"], _prompt(template, r["caption"], r["label"]), r["k"]) for r in chosen]
     sampler, device = _sampler(profile)
     alike = device.split(":")[0] == str(artifact.manifest["device"]).split(":")[0]
     drawn = (each for batch in sampler.draw(jobs) for each in batch)
@@ -346,8 +387,11 @@ def _read(profile: Profile) -> Dataset:
     generate, data = profile.generate, profile.data
     if generate.source == "import":
         return reader.read(generate.import_path, limit=generate.limit or None, on_bad=data.on_bad, need_images=True)
-    limit = min(filter(None, (generate.limit, data.train_limit)), default=None)
-    return sources.read({**sources.source(profile, part="train"), "images": None, "limit": limit})
+    return sources.read({**sources.source(profile, part="train"), "images": None, "limit": _limit(profile)})
+
+
+def _limit(profile: Profile) -> int | None:
+    return min(filter(None, (profile.generate.limit, profile.data.train_limit)), default=None)
 
 
 def _planned(profile: Profile, dataset: Dataset) -> Plan:
@@ -362,6 +406,12 @@ def _planned(profile: Profile, dataset: Dataset) -> Plan:
     if not rows:
         raise InputError(
             f"{dataset.name} has no {' or '.join(generate.kinds)} caption", hint="set generate.kinds to others"
+        )
+    bare = next((image.id for _, image in rows if not image.label), None)
+    if "{label}" in generate.prompt_template and generate.source == "pipeline" and bare is not None:
+        raise InputError(
+            f"generate.prompt_template has {{label}} and image {bare!r} of {dataset.name} has no class",
+            hint="Take {label} out of the template, or name captions whose images have classes.",
         )
     if generate.source == "import":
         return Plan(rows, per_caption=1, by_image=True)
@@ -477,7 +527,7 @@ class _Work:
         size = IMPORT_CHUNK if generate.source == "import" else generate.batch_size
         step = size * max(1, SHARD // size)
         self.shards = [range(at, min(at + step, len(self.plan))) for at in range(0, len(self.plan), step)]
-        self._jobs = _Jobs(self.plan, template=generate.prompt_template)
+        self.jobs = _Jobs(self.plan, template=generate.prompt_template)
         self._sampler: diffusion.Sampler | None = None
         self._device = "cpu"
 
@@ -511,7 +561,7 @@ class _Work:
             "generator": self.key.settings["name"],
         }
         if self.profile.generate.source == "pipeline":
-            summary |= _describe(self._load())
+            summary |= _describe(self.sampler())
         return slot.commit(summary=summary, device=self._device)
 
     def fill(self, slot: Slot, shards: Sequence[range], *, progress: Progress | None) -> None:
@@ -584,11 +634,12 @@ class _Work:
             return _write(slot, planned, content, extension=extension, width=width, height=height) | made
 
         position = rows.start
-        for batch in self._load().draw(self._jobs, start=rows.start, stop=rows.stop):
+        for batch in self.sampler().draw(self.jobs, start=rows.start, stop=rows.stop):
             yield [partial(task, self.plan[position + row], drawn) for row, drawn in enumerate(batch)]
             position += len(batch)
 
-    def _load(self) -> diffusion.Sampler:
+    def sampler(self) -> diffusion.Sampler:
+        """The pipeline, loaded when it is first needed."""
         if self._sampler is None:
             self._sampler, self._device = _sampler(self.profile)
         return self._sampler
@@ -622,11 +673,14 @@ class _Jobs(Sequence[diffusion.Job]):
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
         planned = self._plan[index]
-        return diffusion.Job(planned.caption_id, _prompt(self._template, planned.caption), planned.k)
+        prompt = _prompt(self._template, planned.caption, planned.label)
+        return diffusion.Job(planned.caption_id, prompt, planned.k)
 
 
-def _prompt(template: str, caption: str) -> str:
-    return template.replace("{caption}", caption)
+def _prompt(template: str, caption: str, label: str | None) -> str:
+    """What the pipeline is told; what stands in a caption is not taken for a place to fill."""
+    filled = {"{caption}": caption, "{label}": label or ""}
+    return "".join(filled.get(part, part) for part in re.split(r"(\{caption\}|\{label\})", template))
 
 
 def _imported(slot: Slot, plan: Plan, dataset: Dataset, *, name: str, rows: range) -> Iterator[list[Task]]:
@@ -718,7 +772,7 @@ def _partners(profile: Profile) -> Dataset | None:
     """The real images that drawn captions describe, where they are at hand."""
     if profile.generate.source == "import":
         return None
-    dataset = sources.read(sources.source(profile, part="train"))
+    dataset = sources.read({**sources.source(profile, part="train"), "limit": _limit(profile)})
     return dataset if dataset.has_images else None
 
 
@@ -806,10 +860,13 @@ def _choose(profile: Profile, workspace: Workspace, scored: Artifact) -> Artifac
 def _adopt_all(slot: Slot, origin: Artifact, records: Sequence[Record]) -> None:
     """Take over the images of another artifact, without copies where the file system can."""
     for record in records:
-        slot.link_loose(record["path"], origin.file(record["path"]))
-        if not slot.adopt(record["path"], sha256=record["sha256"], size=record["bytes"]):
+        name, sha256, size = record["path"], record["sha256"], record["bytes"]
+        if slot.adopt(name, sha256=sha256, size=size):
+            continue
+        slot.link_loose(name, origin.file(name))
+        if not slot.adopt(name, sha256=sha256, size=size):
             hint = "Run `gmail artifacts verify`, delete the artifact and generate again."
-            raise InputError(f"{origin.path / record['path']} is not as recorded", hint=hint)
+            raise InputError(f"{origin.path / name} is not as recorded", hint=hint)
 
 
 # -- image files -----------------------------------------------------------------------------------------------
