@@ -33,7 +33,8 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipelin
 ATTEMPTS = 4
 """How often a blank image is drawn before the run stops."""
 _DISTILLED = ("LCMScheduler", "TCDScheduler")
-"""Schedulers of distilled models, which name what they replace while that does not name them."""
+"""Schedulers of distilled models: they take the place of those that diffusers calls compatible with one another, though
+not on its lists."""
 _PLAIN = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_PLAIN, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -501,8 +502,8 @@ def _scheduler(own: Any, name: str) -> Any:
     import diffusers
 
     allowed = {kind.__name__ for kind in own.compatibles} | {type(own).__name__}
-    if name in _DISTILLED and type(own).__name__ in getattr(diffusers, name)._compatibles:
-        allowed.add(name)
+    if own.compatibles:
+        allowed |= set(_DISTILLED)
     if name not in allowed:
         raise UsageError(
             f"generate.scheduler = {name!r} does not suit this pipeline, made for {type(own).__name__}",
