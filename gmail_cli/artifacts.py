@@ -51,9 +51,12 @@ _PACKAGES = (
 )
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical_json(value: Any) -> str:
     """JSON text that is the same for equal values: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def digest_of(value: Any) -> str:
@@ -62,7 +65,7 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_list(items: Iterable[str]) -> str:
-    """:func:`digest_of` a list whose items come one at a time, each as its canonical JSON."""
+    """:func:`digest_of` a list whose items come as their canonical JSON, one or several (with commas) at a time."""
     digest = hashlib.sha256(b"[")
     for row, item in enumerate(items):
         digest.update((f",{item}" if row else item).encode())

@@ -155,7 +155,7 @@ class Plan(Sequence[Planned]):
             for caption, image in self._rows:
                 caption_id, text = (caption.id, caption.text) if caption else ("", "")
                 head = canonical_json([caption_id, text, image.id, image.label])[:-1]
-                yield from (f"{head},{k}]" for k in range(self._per_caption))
+                yield ",".join([f"{head},{k}]" for k in range(self._per_caption)])
 
         return digest_of_list(items())
 
