@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+EXPORTED = "images.parquet"
+"""The last file of an export."""
 MANIFEST_SCHEMA = "gmail.manifest/1"
-VERSIONS: Mapping[str, int] = {"generate": 1, "align": 4, "train": 1, "embed": 2, "index": 2, "eval": 3}
+VERSIONS: Mapping[str, int] = {"generate": 2, "align": 4, "train": 1, "embed": 2, "index": 2, "eval": 3}
 """The stages in order, each with its own version: raised when the same settings would give other bytes, or bytes that
 other stages read in another way."""
 STAGES = tuple(VERSIONS)
@@ -51,14 +54,26 @@ _PACKAGES = (
 )
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def canonical_json(value: Any) -> str:
     """JSON text that is the same for equal values: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def digest_of(value: Any) -> str:
     """SHA-256 (64 hex digits) of :func:`canonical_json`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_of_list(items: Iterable[str]) -> str:
+    """:func:`digest_of` a list whose items come as their canonical JSON, one or several (with commas) at a time."""
+    digest = hashlib.sha256(b"[")
+    for row, item in enumerate(items):
+        digest.update((f",{item}" if row else item).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -339,10 +354,121 @@ class Checkpoints:
         self._path.unlink(missing_ok=True)
 
 
+def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object]]]) -> None:
+    """Write files of the user's one after another, the last of which says that all are there.
+
+    A folder appears whole (:func:`export_folder`). At an fsspec URL each file is put where it belongs when it is
+    complete, and nothing is renamed there: an export that was cut short lacks the last file and is written over.
+
+    Args:
+        target: A folder that does not exist yet or is empty, or a URL such as ``s3://bucket/folder``.
+        files: Name and writer of each, taken one at a time.
+
+    Raises:
+        UsageError: The folder holds something; at the URL there is a complete export.
+        SetupError: It cannot be written.
+    """
+    if "://" not in target:
+
+        def writer(folder: Path) -> None:
+            for name, write in files:
+                write(folder / name)
+
+        export_folder(Path(target), writer)
+        return
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(target)
+    except (ImportError, ValueError) as error:
+        raise SetupError(f"cannot open {target}: {error}", hint="Install the package of its protocol.") from error
+    try:
+        with tempfile.TemporaryDirectory() as local:
+            if system.exists(f"{root}/{EXPORTED}"):
+                raise UsageError(f"{target} is there already", hint="Name a new folder.")
+            system.makedirs(root, exist_ok=True)
+            for name, write in files:
+                path = Path(local, name)
+                write(path)
+                system.put_file(str(path), f"{root}/{name}")
+                path.unlink()
+    except OSError as error:
+        hint = "Check the address and the rights to write there."
+        raise SetupError(f"cannot write {target}: {error}", hint=hint) from error
+
+
+class RowLog:
+    """Rows that one process at a time appends in a slot's scratch folder, until the log is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._growing = path.with_suffix(".growing")
+
+    def is_complete(self) -> bool:
+        """Whether all its rows are there."""
+        return self._path.exists()
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Hold the log alone; false where another process holds it or it is complete."""
+        import fcntl
+
+        with self._growing.open("ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            if self.is_complete():  # it was being completed meanwhile
+                self._growing.unlink(missing_ok=True)
+                yield False
+                return
+            yield True
+
+    def read(self) -> list[dict[str, Any]]:
+        """Its rows so far; a torn last line is cut off the file first."""
+        return _read_journal_rows(self._path if self.is_complete() else self._growing)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows and flush them to disk."""
+        try:
+            _append_rows(self._growing, rows)
+        except OSError as error:
+            _explain_full_disk(error, self._growing)
+            raise
+
+    def complete(self) -> None:
+        """Say that all rows are there."""
+        self._growing.rename(self._path)
+
+    def keep(self, count: int) -> None:
+        """Cut it to its first ``count`` rows, to be continued."""
+        if self.is_complete():
+            self._path.rename(self._growing)
+        lines = self._growing.read_bytes().splitlines(keepends=True)  # cut in place: the claim is on this very file
+        os.truncate(self._growing, sum(map(len, lines[:count])))
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """What one process of a job array leaves when others still have work.
+
+    Attributes:
+        key: What is being made.
+        done: Shards that are there.
+        shards: Shards in all.
+    """
+
+    key: StageKey
+    done: int
+    shards: int
+
+
 class Slot:
     """The folder a stage is making (``done`` False) or finds complete (``done`` True).
 
-    Processes that share it (``Workspace.open(key, shared=True)``) may only save checkpoints in it.
+    Processes that share it (``Workspace.open(key, shared=True)``) may only save checkpoints, keep logs and write loose
+    files in it.
     """
 
     def __init__(
@@ -426,10 +552,13 @@ class Slot:
         """The checkpoint file of one training run inside the stage."""
         return Checkpoints(self.scratch(f"{name}.safetensors"))
 
+    def log(self, name: str) -> RowLog:
+        """A log of rows that several processes may take turns at: kept over restarts, gone at commit."""
+        return RowLog(self.scratch(f"{name}.jsonl"))
+
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        """Rows of a file written with :meth:`append_jsonl`; a torn last line is cut off the file first."""
-        path = self.path(name)
-        return _read_journal_rows(path) if path.exists() else []
+        """Rows of a JSON Lines payload file that is there."""
+        return _read_journal_rows(self.path(name))
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -445,6 +574,37 @@ class Slot:
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write bytes."""
         return self.write_with(name, lambda path: path.write_bytes(content))
+
+    def write_loose(self, name: str, content: bytes) -> None:
+        """Write bytes that are no part of the artifact before :meth:`adopt`; whichever process does, the same bytes."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, lambda temporary: temporary.write_bytes(content))
+
+    def link_loose(self, name: str, source: Path) -> None:
+        """:meth:`write_loose` of another artifact's file, without a copy where the file system can."""
+
+        def writer(temporary: Path) -> None:
+            temporary.unlink(missing_ok=True)  # it may be a link itself
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, writer)
+
+    def adopt(self, name: str, *, sha256: str, size: int) -> bool:
+        """Enter a loose file; false where it is not there with that size.
+
+        It is entered in memory only: whoever resumes adopts again.
+        """
+        self._files[name] = {"sha256": sha256, "size": size}
+        if self.has(name):
+            return True
+        del self._files[name]
+        return False
 
     def write_text(self, name: str, text: str) -> Path:
         """Write UTF-8 text with Unix line ends."""
@@ -529,24 +689,6 @@ class Slot:
         marker.touch()
         return target
 
-    def append_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to a JSON Lines file and flush them to disk; entered in the manifest at commit."""
-        path = self.path(name)
-        if name not in self._files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._files[name] = {"open": True}
-            self._journal({"name": name, "open": True})
-        with path.open("ab") as stream:
-            stream.write("".join(canonical_json(row) + "\n" for row in rows).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def keep_rows(self, name: str, count: int) -> None:
-        """Cut an appended JSON Lines file to its first ``count`` rows (those before a restored checkpoint)."""
-        rows = self.read_jsonl(name)
-        if len(rows) > count:
-            _write_text(self.path(name), "".join(canonical_json(row) + "\n" for row in rows[:count]))
-
     def remove(self, name: str) -> None:
         """Drop a payload file."""
         self._files.pop(name, None)
@@ -561,9 +703,6 @@ class Slot:
             device: Where it was computed, such as ``cpu`` or ``cuda: NVIDIA H200``.
         """
         assert not self._shared, "processes that share a slot do not commit it"
-        for name, entry in list(self._files.items()):
-            if entry.get("open"):
-                self._enter(name)
         files = {name: self._files[name] for name in sorted(self._files)}
         for name in files:
             if not self.has(name):
@@ -809,14 +948,25 @@ def _write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         _write_atomic(path, writer)
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            hint = "Free some space and run the same command again: finished files are kept."
-            raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
+        _explain_full_disk(error, path)
         raise
+
+
+def _explain_full_disk(error: OSError, path: Path) -> None:
+    if error.errno in _DISK_FULL:
+        hint = "Free some space and run the same command again: finished files are kept."
+        raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
 
 
 def _write_text(path: Path, text: str) -> None:
     _write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def _append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("ab") as stream:
+        stream.write("".join(canonical_json(row) + "\n" for row in rows).encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -111,6 +111,12 @@ FlowOption = Annotated[
         "--flow", help="Embed the images through f_r, or as generated ones through f_g (embed.flow); default: real."
     ),
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N", help="Make only part I of N; whoever finds every part done puts them together (for job arrays)."
+    ),
+]
 OnBadOption = Annotated[
     OnBad | None, typer.Option("--on-bad", help="What a bad caption or image record does (data.on_bad).")
 ]
@@ -134,6 +140,19 @@ def generate(
         str | None,
         typer.Option("--import", metavar="PATH", help="Take images made elsewhere (folder, tar, Parquet) instead."),
     ] = None,
+    min_clip_score: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Keep images with this CLIPScore to their caption (generate.min_clip_score)."),
+    ] = None,
+    keep_best: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="N", help="Keep the N images of each caption with the highest CLIPScore."),
+    ] = None,
+    shard: ShardOption = None,
+    warm_up: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="N", help="With --dry-run: draw N batches to tell time and disk from."),
+    ] = None,
     on_bad: OnBadOption = None,
     profile: ProfileOption = None,
     set_: SetOption = None,
@@ -148,11 +167,19 @@ def generate(
         "generate.per_caption": per_caption,
         "generate.limit": limit,
         "generate.import_path": import_,
+        "generate.min_clip_score": min_clip_score,
+        "generate.keep_best": keep_best,
         "data.on_bad": on_bad,
     }
     if import_ is not None:
         flags["generate.source"] = "import"
-    _stage("generate", _Context(profile, set_, run, workspace, as_json, dry_run, flags))
+    context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
+    if dry_run:
+        _estimate(context, warm_up or 0)
+    elif warm_up:
+        raise UsageError("--warm-up without --dry-run", hint="Add --dry-run: nothing is written then.")
+    else:
+        _stage("generate", context, part=shard)
 
 
 @app.command()
@@ -209,12 +236,7 @@ def embed(
     images: ImagesOption = None,
     flow: FlowOption = None,
     limit: LimitOption = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N", help="Embed only part I of N; whoever finds every part done merges them (for job arrays)."
-        ),
-    ] = None,
+    shard: ShardOption = None,
     generated: GeneratedOption = None,
     aligned: AlignedOption = None,
     train_: TrainOption = None,
@@ -234,13 +256,8 @@ def embed(
         "data.on_bad": on_bad,
         "embed.flow": flow,
     }
-    part = None if shard is None else _part(shard)
     context = _Context(profile, set_, run, workspace, as_json, dry_run, flags)
-    inputs = {"generated": generated, "aligned": aligned, "train": train_}
-    if part is None or dry_run:
-        _stage("embed", context, **inputs)
-    else:
-        _embed_part(context, part, inputs)
+    _stage("embed", context, part=shard, generated=generated, aligned=aligned, train=train_)
 
 
 @app.command()
@@ -461,17 +478,27 @@ def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) ->
 
 @artifacts_app.command(name="export")
 def artifacts_export(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Embed artifact.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Generate or embed artifact.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="New or empty folder; for images also a URL such as s3://bucket/a.")
+    ],
+    shard_images: Annotated[int, typer.Option(parser=count, metavar="N", help="Images in one tar.")] = 10_000,
 ) -> None:
-    """Write embeddings in clip-retrieval's folder layout (img_emb, text_emb, metadata), a row per image."""
+    """Write images as WebDataset tars and a Parquet table, or embeddings in clip-retrieval's folder layout."""
     from gmail_cli.artifacts import Artifact
-    from gmail_cli.stages import embed as stage
+    from gmail_cli.stages import embed
+    from gmail_cli.stages import generate as stage
 
-    left_out = stage.export(Artifact.load(path), folder)
+    artifact = Artifact.load(path)
+    if artifact.stage == "generate":
+        with Progress() as progress:
+            stage.export(artifact, folder, shard_images=shard_images, progress=progress.task("export"))
+        typer.echo(folder)
+        return
+    left_out = embed.export(artifact, Path(folder))
     if left_out:
         _say(f"{left_out} captions left out: the layout has one text per image, the first")
-    typer.echo(_shown(folder))
+    typer.echo(_shown(Path(folder)))
 
 
 @artifacts_app.command(name="verify")
@@ -601,7 +628,7 @@ class _Context:
             os.environ["OMP_NUM_THREADS"] = str(loaded.runtime.threads)
         return loaded, Workspace(self.root, self.run or loaded.name, on_wait=_say)
 
-    def print_plan(self, steps: list[Any]) -> None:
+    def print_plan(self, steps: list[Any], **more: Any) -> None:
         if self.as_json:
             rows = [
                 {
@@ -613,7 +640,7 @@ class _Context:
                 }
                 for step in steps
             ]
-            typer.echo(json.dumps({"plan": rows}))
+            typer.echo(json.dumps({"plan": rows, **more}))
             return
         words = {"complete": "complete, reused", "resume": "interrupted, resumes", "run": "would run"}
         for step in steps:
@@ -634,22 +661,44 @@ def _inputs(
     return plan.find_inputs(name, space, given=given, optional_only=alone)
 
 
-def _embed_part(context: _Context, part: tuple[int, int], inputs: Mapping[str, Path | None]) -> None:
-    """One process of a job array."""
-    from gmail_cli.stages import embed as stage
+def _estimate(context: _Context, batches: int) -> None:
+    """What generating would make and cost."""
+    from gmail_cli import plan
+    from gmail_cli.stages import generate as stage
 
     profile, space = context.load()
-    found = _inputs("embed", context, profile, space, inputs)
-    with Progress() as progress:
-        made = stage.run_part(profile, space, part=part, progress=progress.task("embed"), **found)
-    if not isinstance(made, stage.Waiting):
-        _announce(made, reused=False)
-        typer.echo(json.dumps(_describe(made)) if context.as_json else _shown(made.path))
-        return
-    _say(f"embed: part {part[0]} of {part[1]} done; {made.done} of {made.shards} shards are there")
+    steps = plan.steps(profile, space, stages=["generate"])
+    told = stage.estimate(profile, batches=batches)
+    context.print_plan(steps, estimate=told)
     if context.as_json:
-        about = {"stage": "embed", "path": None, "digest": made.key.digest, "done": made.done, "shards": made.shards}
+        return
+    typer.echo(f"          {told['images']:,} images of {told['captions']:,} captions")
+    if batches:
+        typer.echo(
+            f"          {told['seconds_per_image']:.3g} s an image, {told['seconds'] / 3600:.3g} h in all here; "
+            f"{told['bytes_per_image'] / 1e3:.3g} kB an image, {told['bytes'] / 1e9:.3g} GB in all"
+        )
+
+
+def _stage_part(
+    name: str, context: _Context, part: tuple[int, int], profile: Profile, space: Workspace, found: dict[str, Artifact]
+) -> Artifact | None:
+    """One process of a job array."""
+    from gmail_cli import plan
+    from gmail_cli.artifacts import Waiting
+
+    with Progress() as progress:
+        made = plan.module(name).run_part(profile, space, part=part, progress=progress.task(name), **found)
+    if not isinstance(made, Waiting):
+        artifact: Artifact = made
+        _announce(artifact, reused=False)
+        typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
+        return artifact
+    _say(f"{name}: part {part[0]} of {part[1]} done; {made.done} of {made.shards} shards are there")
+    if context.as_json:
+        about = {"stage": name, "path": None, "digest": made.key.digest, "done": made.done, "shards": made.shards}
         typer.echo(json.dumps(about))
+    return None
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -659,14 +708,17 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def _stage(name: str, context: _Context, **inputs: Path | None) -> Artifact | None:
+def _stage(name: str, context: _Context, *, part: str | None = None, **inputs: Path | None) -> Artifact | None:
     from gmail_cli import plan
 
+    shard = None if part is None else _part(part)
     profile, space = context.load()
     found = _inputs(name, context, profile, space, inputs)
     if context.dry_run:
         context.print_plan(plan.steps(profile, space, stages=[name], given=found))
         return None
+    if shard is not None:
+        return _stage_part(name, context, shard, profile, space, found)
     with Progress() as progress:
         made = plan.execute(profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce)
     artifact = made[name]

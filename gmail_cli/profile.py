@@ -130,6 +130,10 @@ class Generate(Section):
     """Text-to-image pipeline: `tiny` (shipped), a folder in diffusers format, or a hub id."""
     revision: str = ""
     """Commit of a hub model; required for one, so that the artifact says which weights drew it."""
+    lora: str = ""
+    """LoRA weights to add to `model`: a `.safetensors` file that `pipeline.save_lora_weights` wrote."""
+    lora_scale: NonNegative = 1.0
+    """Factor of their update."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Number format of the pipeline; a CPU wants `float32`."""
     scheduler: Literal[
@@ -141,8 +145,10 @@ class Generate(Section):
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
         "HeunDiscreteScheduler",
+        "LCMScheduler",
         "LMSDiscreteScheduler",
         "PNDMScheduler",
+        "TCDScheduler",
         "UniPCMultistepScheduler",
     ] = "default"
     """Sampler: `default` keeps the pipeline's own; another must suit it."""
@@ -151,7 +157,7 @@ class Generate(Section):
     guidance: NonNegative = 7.5
     """Classifier-free guidance scale; 1 or less turns guidance off, as turbo and LCM models want it."""
     prompt_template: str = "{caption}"
-    """What the pipeline is told; `{caption}` stands for the caption."""
+    """What the pipeline is told; `{caption}` stands for the caption, `{label}` for the class of its image."""
     negative_prompt: str = ""
     """What guidance leads away from; needs `guidance` above 1."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
@@ -164,13 +170,24 @@ class Generate(Section):
     """File format; `png` is lossless."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     """Quality of `jpg` and `webp`."""
+    score: bool = False
+    """Score each image by `model.clip`: `clip_score` to its caption, `twin_similarity` to the most alike image of its
+    caption, `partner_similarity` to its real image, as fields of its record."""
+    min_clip_score: NonNegative = 0.0
+    """Keep images with this CLIPScore (2.5 times the cosine with their caption) or more; 0 keeps all. Scores them."""
+    keep_best: Limit = 0
+    """Keep the N images of each caption with the highest CLIPScore; 0 keeps all. Scores them."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generate:
-        if "{caption}" not in self.prompt_template:
-            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}}")
+        if "{caption}" not in self.prompt_template and "{label}" not in self.prompt_template:
+            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}} and {{label}}")
         if self.negative_prompt and self.guidance <= 1:
             raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
+        if self.source == "pipeline" and self.keep_best > self.per_caption:
+            raise ValueError(
+                f"keep_best = {self.keep_best} of per_caption = {self.per_caption}: it must be at most that"
+            )
         if bool(self.height) != bool(self.width):
             raise ValueError(f"height = {self.height} and width = {self.width}: set both or neither")
         if (self.source == "import") != bool(self.import_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -40,7 +41,7 @@ def make(workspace: Workspace, *, note: str = "x", **settings: Any) -> Artifact:
             return slot.artifact
         slot.write_json("a/values.json", {"note": note})
         slot.write_npy("vectors.npy", np.arange(6, dtype=np.float32))
-        slot.append_jsonl("log.jsonl", [{"step": 1}, {"step": 2}])
+        slot.write_jsonl("log.jsonl", [{"step": 1}, {"step": 2}])
         return slot.commit(summary={"note": note})
 
 
@@ -112,8 +113,13 @@ def test_an_interrupted_slot_keeps_whole_files_and_drops_a_torn_line(tmp_path: P
 
     with pytest.raises(KeyboardInterrupt), workspace.open(key()) as slot:
         slot.write_bytes("one.bin", b"1")
-        slot.append_jsonl("log.jsonl", [{"n": 1}])
-        slot.path("log.jsonl").write_bytes(slot.path("log.jsonl").read_bytes() + b'{"n": 2')
+        with slot.log("rows").claim() as mine:
+            assert mine
+            slot.log("rows").append([{"n": 1}])
+        with slot.scratch("rows.growing").open("ab") as stream:
+            stream.write(b'{"n": 2')
+        slot.write_loose("loose.bin", b"12")
+        slot.write_loose("other.bin", b"12")
         slot.checkpoints("cell").save({"w": torch.ones(2)})
         slot.write_with("two.bin", fail)
     assert workspace.is_partial(key())
@@ -122,13 +128,33 @@ def test_an_interrupted_slot_keeps_whole_files_and_drops_a_torn_line(tmp_path: P
     with workspace.open(key()) as slot:
         assert slot.has("one.bin")
         assert not slot.has("two.bin")
-        assert slot.read_jsonl("log.jsonl") == [{"n": 1}]
+        assert slot.log("rows").read() == [{"n": 1}]
+        assert not slot.has("loose.bin")
+        assert not slot.adopt("loose.bin", sha256="0", size=3)
+        assert slot.adopt("loose.bin", sha256=hashlib.sha256(b"12").hexdigest(), size=2)
         restored = slot.checkpoints("cell").load()
         assert restored is not None
         assert torch.equal(restored["w"], torch.ones(2))
         artifact = slot.commit(summary={})
-    assert set(artifact.files) == {"one.bin", "log.jsonl"}
+    assert set(artifact.files) == {"one.bin", "loose.bin"}
     assert artifact.verify() == []
+
+
+def test_a_log_has_one_writer_until_it_is_complete(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, "r")
+    with workspace.open(key(), shared=True) as slot, workspace.open(key(), shared=True) as other:
+        with slot.log("rows").claim() as mine, other.log("rows").claim() as theirs:
+            assert (mine, theirs) == (True, False)
+            slot.log("rows").append([{"n": 1}, {"n": 2}])
+        with other.log("rows").claim() as theirs:
+            assert theirs
+            other.log("rows").complete()
+        with slot.log("rows").claim() as mine:
+            assert not mine
+        assert slot.log("rows").read() == [{"n": 1}, {"n": 2}]
+        slot.log("rows").keep(1)
+        assert not other.log("rows").is_complete()
+        assert other.log("rows").read() == [{"n": 1}]
 
 
 def test_a_damaged_checkpoint_reads_as_none(tmp_path: Path) -> None:

@@ -286,7 +286,8 @@ def test_dry_run_names_the_key_that_changed_the_digest(tmp_path: Path) -> None:
     flags = ("generate", "--captions", "captions.txt", "--set", "generate.steps=1")
     planned = gmail(*flags, "--dry-run", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
-    assert re.fullmatch(r"generate  [0-9a-f]{12}  would run\n", planned.stdout)
+    count = r" +2 images of 2 captions\n"
+    assert re.fullmatch(rf"generate  [0-9a-f]{{12}}  would run\n{count}", planned.stdout)
     assert not (tmp_path / "runs").exists()
     made = gmail(*flags, cwd=tmp_path)
     assert made.returncode == 0, made.stderr

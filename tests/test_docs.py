@@ -19,7 +19,7 @@ from test_cli import ROOT, shell_environment
 
 from gmail_cli.components import captions
 
-GUIDES = ("captions", "generate", "align", "train", "evaluate", "ci", "search", "scenes")
+GUIDES = ("captions", "generate", "million", "align", "train", "evaluate", "ci", "search", "scenes")
 FIRST = ("README.md", "docs/getting-started.md", "docs/concepts.md", *(f"docs/guides/{name}.md" for name in GUIDES))
 """Pages in reading order; those of docs/ that are not named come after them."""
 

@@ -16,7 +16,7 @@ from small_clips import VIT
 
 from gmail_cli import artifacts
 from gmail_cli import profile as profiles
-from gmail_cli.artifacts import Artifact, StageKey, Workspace
+from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace
 from gmail_cli.components import captions as reader
 from gmail_cli.components import encoders, tables
 from gmail_cli.components.images import GeneratedSet
@@ -280,7 +280,7 @@ def test_parts_embedded_apart_end_in_the_bytes_of_one_process(
     profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
     inputs = {"generated": generated, "aligned": aligned}
     found = [embed.run_part(profile, workspace, part=(part, parts), **inputs) for part in range(parts, 0, -1)]
-    counts = [each.done for each in found[:-1] if isinstance(each, embed.Waiting)]
+    counts = [each.done for each in found[:-1] if isinstance(each, Waiting)]
     assert len(counts) == parts - 1, "only the last one finds every shard done"
     assert counts == sorted(set(counts))
     assert isinstance(found[-1], Artifact)
@@ -296,7 +296,7 @@ def test_a_run_without_part_finishes_what_parts_left(
     profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
     inputs = {"generated": generated, "aligned": aligned}
     waiting = embed.run_part(profile, workspace, part=(2, 3), **inputs)
-    assert isinstance(waiting, embed.Waiting)
+    assert isinstance(waiting, Waiting)
     assert 0 < waiting.done < waiting.shards
     assert workspace.is_partial(waiting.key)
     assert embed.run(profile, workspace, **inputs).content == sharded.content
@@ -331,7 +331,7 @@ def test_parts_that_do_not_exist_are_refused(part: tuple[int, int], clips: dict[
 def test_a_damaged_shard_is_embedded_again(clips: dict[str, Path], tmp_path: Path, whole: Artifact):
     profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
     waiting = embed.run_part(profile, workspace, part=(1, 2))
-    assert isinstance(waiting, embed.Waiting)
+    assert isinstance(waiting, Waiting)
     shard = next(workspace.folder("embed").rglob("test-images/000000000000.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(InputError, match="rows 0 to 3 of test-images are damaged"):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import importlib.util
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gmail_cli.artifacts import Workspace
+from gmail_cli.artifacts import Artifact, Waiting, Workspace
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import Generate, Profile, build
@@ -205,6 +210,20 @@ def test_a_generator_that_stays_blank_stops_the_run(pipeline: Any) -> None:
         hook.remove()
 
 
+def test_a_batch_that_does_not_fit_the_memory_is_named(pipeline: Any) -> None:
+    import torch
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = pipeline.unet.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(SetupError, match=r"batch of 4 images.*\n.*batch_size to 2"):
+            next(diffusion.Sampler(pipeline, sampling=SAMPLING).draw(JOBS))
+    finally:
+        hook.remove()
+
+
 def test_captions_longer_than_the_text_encoder_are_marked(pipeline: Any) -> None:
     sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
     jobs = [diffusion.Job("fits", "a" * 30, 0), diffusion.Job("cut", "a" * 31, 0)]  # 32 tokens with start and end
@@ -347,7 +366,19 @@ CHANGES: dict[str, Any] = {
     "batch_size": 3,
     "format": "jpg",
 }
-OTHERWISE_TESTED = {"source", "import_path", "model", "revision", "kinds", "height", "width", "quality"}
+OTHERWISE_TESTED = {
+    *("score", "min_clip_score", "keep_best"),
+    "source",
+    "import_path",
+    "model",
+    "revision",
+    "kinds",
+    "height",
+    "width",
+    "quality",
+    "lora",
+    "lora_scale",
+}
 
 
 def test_every_setting_moves_the_digest(pipeline_folder: Path, captions_file: Path) -> None:
@@ -393,7 +424,7 @@ def test_lossy_formats_are_what_they_are_called(
 
 
 def test_kinds_choose_the_captions(pipeline_folder: Path) -> None:
-    def planned(*kinds: str) -> list[generate.Planned]:
+    def planned(*kinds: str) -> generate.Plan:
         profile = build(
             {
                 "data": {"train": "scenes:train", "train_limit": 2},
@@ -404,7 +435,7 @@ def test_kinds_choose_the_captions(pipeline_folder: Path) -> None:
 
     short, long = planned("short"), planned("long")
     assert (len(short), len(long)) == (10, 2)
-    assert {each.key for each in planned("short", "long")} == {each.key for each in short + long}
+    assert {each.key for each in planned("short", "long")} == {each.key for each in [*short, *long]}
 
 
 def test_a_hub_model_needs_its_revision_and_carries_it_in_the_key(captions_file: Path) -> None:
@@ -426,6 +457,7 @@ def test_a_hub_model_needs_its_revision_and_carries_it_in_the_key(captions_file:
         {"height": 32},
         {"width": 30, "height": 32},
         {"kinds": []},
+        {"keep_best": 2},
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(wrong: dict[str, Any]) -> None:
@@ -506,6 +538,28 @@ def test_ctrl_c_finishes_the_batch_and_the_next_run_goes_on_from_there(
     assert resumed.content == expected.content
 
 
+@pytest.mark.parametrize("last", [3, 6, 11])  # the key, then four images and their log in turn
+def test_a_full_disk_is_named_and_nothing_is_lost(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    profile = profile_for(pipeline_folder, captions_file, limit=6)
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))
+    workspace, whole, calls = Workspace(tmp_path / "full"), os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(SetupError, match="the disk is full"):
+            generate.run(profile, workspace)
+    assert generate.run(profile, workspace).content == expected.content
+
+
 def test_a_damaged_image_of_an_interrupted_run_is_made_again(
     tmp_path: Path, pipeline_folder: Path, captions_file: Path
 ) -> None:
@@ -521,9 +575,288 @@ def test_a_damaged_image_of_an_interrupted_run_is_made_again(
         generate.run(profile, workspace, progress=stop)
     partial = workspace.folder("generate") / f"{expected.digest[:12]}.partial"
     (partial / "images" / "000" / "102-0.png").write_bytes(b"torn")
-    with (partial / "records.jsonl").open("ab") as stream:
+    with (partial / "scratch" / "records" / "000000000.growing").open("ab") as stream:
         stream.write(b'{"key": "torn')
     assert generate.run(profile, workspace).files == expected.files
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_template_holds_caption_and_class(tmp_path: Path, pipeline_folder: Path) -> None:
+    file = tmp_path / "captions.jsonl"
+    rows = [
+        {"key": "a", "caption": "a {label} on a table", "label": "cat"},
+        {"key": "b", "caption": "dogs", "label": "dog"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{label}: {caption}, a photo of a {label}"
+    profile = profile_for(pipeline_folder, file, prompt_template=template)
+    told = generate._Work(profile).jobs
+    assert [job.prompt for job in told] == [
+        "cat: a {label} on a table, a photo of a cat",
+        "dog: dogs, a photo of a dog",
+    ]
+    artifact = generate.run(profile, Workspace(tmp_path))
+    assert [row["caption"] for row in artifact.read_jsonl("records.jsonl")] == ["a {label} on a table", "dogs"]
+    assert generate.regenerate(profile, artifact, count=2) == []
+    file.write_text(json.dumps({"key": "a", "caption": "a cat"}) + "\n")
+    with pytest.raises(InputError, match=r"\{label\} and image 'a' of .*captions.jsonl has no class"):
+        generate.plan_key(profile_for(pipeline_folder, file, prompt_template="{label}"))
+
+
+# -- parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_drawn_apart_end_in_the_bytes_of_one_process(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    monkeypatch.setattr(generate, "SHARD", 8)
+    profile = profile_for(pipeline_folder, captions_file, per_caption=2, scheduler="EulerAncestralDiscreteScheduler")
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))  # 48 images in 6 shards
+    workspace = Workspace(tmp_path / "parts")
+    found = [generate.run_part(profile, workspace, part=(part, parts)) for part in range(parts, 0, -1)]
+    counts = [each.done for each in found[:-1] if isinstance(each, Waiting)]
+    assert len(counts) == parts - 1, "only the last one finds every shard done"
+    assert counts == sorted(set(counts))
+    assert isinstance(found[-1], Artifact)
+    assert found[-1].content == expected.content
+    assert found[-1].verify() == []
+    assert found[-1].summary == expected.summary
+    again = generate.run_part(profile, workspace, part=(1, parts))
+    assert isinstance(again, Artifact)
+
+
+def test_a_run_without_part_finishes_what_parts_left_and_makes_lost_images_again(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "SHARD", 8)
+    profile = profile_for(pipeline_folder, captions_file)  # 24 images in 3 shards
+    expected = generate.run(profile, Workspace(tmp_path / "whole"))
+    workspace = Workspace(tmp_path / "parts")
+    told: list[tuple[int, int]] = []
+    waiting = generate.run_part(profile, workspace, part=(2, 2), progress=lambda *at: told.append(at))
+    assert waiting == Waiting(generate.plan_key(profile), 2, 3)
+    assert told[-1] == (16, 16)
+    lost = next(workspace.folder("generate").rglob("111-0.png"))
+    lost.write_bytes(b"torn")
+    assert generate.run(profile, workspace).content == expected.content
+
+
+def test_shards_that_another_process_draws_are_left_to_it(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "SHARD", 8)
+    profile, workspace = profile_for(pipeline_folder, captions_file), Workspace(tmp_path)
+    with (
+        workspace.open(generate.plan_key(profile), shared=True) as slot,
+        slot.log("records/000000008").claim() as mine,
+    ):
+        assert mine
+        waiting = generate.run_part(profile, workspace, part=(1, 1))
+        assert isinstance(waiting, Waiting)
+        assert waiting.done == 2
+    assert isinstance(generate.run_part(profile, workspace, part=(1, 1)), Artifact)
+
+
+@pytest.mark.parametrize("part", [(0, 2), (3, 2)])
+def test_parts_that_do_not_exist_are_refused(part: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"part {part[0]} of 2"):
+        generate.run_part(build({}), Workspace(tmp_path), part=part)
+
+
+# -- scores and filters ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory: pytest.TempPathFactory, pipeline_folder: Path) -> tuple[Workspace, Artifact]:
+    """Three images of each of four captions of scenes, with scores by the shipped CLIP."""
+    workspace = Workspace(tmp_path_factory.mktemp("scored"))
+    return workspace, generate.run(scored_profile(pipeline_folder), workspace)
+
+
+def scored_profile(pipeline_folder: Path, **changed: Any) -> Profile:
+    chosen = {"model": str(pipeline_folder), "steps": 2, "guidance": 2.0, "batch_size": 4, "per_caption": 3}
+    chosen |= {"captions_per_image": 2, "score": True}
+    return build({"data": {"train": "scenes:train", "train_limit": 2}, "generate": chosen | changed})
+
+
+def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact], pipeline_folder: Path) -> None:
+    from gmail_cli.components import captions, encoders
+
+    workspace, artifact = scored
+    assert artifact.verify() == []
+    drawn = generate.run(scored_profile(pipeline_folder, score=False), workspace)
+    rows, plain = artifact.read_jsonl("records.jsonl"), drawn.read_jsonl("records.jsonl")
+    new = {"clip_score", "twin_similarity", "partner_similarity"}
+    assert [{key: value for key, value in row.items() if key not in new} for row in rows] == plain
+    assert generate.plan_key(scored_profile(pipeline_folder)).digest == artifact.digest
+    clip = encoders.load_clip("tiny")
+    contents = [artifact.file(row["path"]).read_bytes() for row in rows]
+    images = encoders.embed_images(clip, contents.__getitem__, len(rows))
+    texts, _ = encoders.embed_texts(clip, [row["caption"] for row in rows])
+    real = captions.read("scenes:train", limit=2)
+    partners = encoders.embed_images(clip, real.image_bytes, 2)
+    owners = [image.id for image in real.images]
+    for at, row in enumerate(rows):
+        twins = [images[at] @ images[other] for other in range(at // 3 * 3, at // 3 * 3 + 3) if other != at]
+        assert row["clip_score"] == pytest.approx(2.5 * max(0, images[at] @ texts[at]), abs=1e-5)
+        assert row["twin_similarity"] == pytest.approx(max(twins), abs=1e-5)
+        assert row["partner_similarity"] == pytest.approx(images[at] @ partners[owners.index(row["owner"])], abs=1e-5)
+    assert artifact.summary["clip_score"]["mean"] == pytest.approx(
+        sum(row["clip_score"] for row in rows) / 12, abs=1e-5
+    )
+    assert generate.regenerate(scored_profile(pipeline_folder), artifact, count=2) == []
+
+
+def test_the_best_are_kept_and_the_others_recorded_without_drawing_again(
+    scored: tuple[Workspace, Artifact], pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, artifact = scored
+    monkeypatch.setattr(diffusion, "load_pipeline", None)  # nothing is drawn
+    rows = artifact.read_jsonl("records.jsonl")
+    best = generate.run(scored_profile(pipeline_folder, keep_best=1), workspace)
+    kept, rejected = best.read_jsonl("records.jsonl"), best.read_jsonl("rejected.jsonl")
+    groups = [rows[at : at + 3] for at in range(0, 12, 3)]
+    assert kept == [max(group, key=lambda row: row["clip_score"]) for group in groups]
+    assert [{key: value for key, value in row.items() if key != "reason"} for row in rejected] == [
+        row for row in rows if row not in kept
+    ]
+    assert {row["reason"] for row in rejected} == {"not among the 1 best of its caption"}
+    assert set(best.files) == {"records.jsonl", "rejected.jsonl", *(row["path"] for row in kept)}
+    assert best.verify() == []
+    assert (best.summary["images"], best.summary["rejected"], best.summary["captions"]) == (4, 8, 4)
+
+    line = sorted(row["clip_score"] for row in rows)[-2]
+    above = generate.run(scored_profile(pipeline_folder, min_clip_score=line), workspace)
+    assert [row["clip_score"] >= line for row in above.read_jsonl("records.jsonl")] == [True, True]
+    assert above.summary["captions"] + above.summary["captions_without_image"] == 4
+    with pytest.raises(InputError, match=r"no image has a clip_score of 2\.5 or more; the highest of 12 is"):
+        generate.run(scored_profile(pipeline_folder, min_clip_score=2.5), workspace)
+    digests = [scored_profile(pipeline_folder, **each) for each in ({}, {"keep_best": 1}, {"min_clip_score": line})]
+    assert len({generate.plan_key(each).digest for each in digests}) == 3
+    assert generate.plan_key(digests[1]).digest == best.digest
+
+
+# -- export ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_export_is_read_by_us_and_says_where_each_image_lies(
+    scored: tuple[Workspace, Artifact], tmp_path: Path, remote: bool
+) -> None:
+    import fsspec
+
+    from gmail_cli.components import captions
+
+    artifact = scored[1]
+    target = f"memory://{tmp_path.name}/set" if remote else str(tmp_path / "set")
+    told: list[tuple[int, int]] = []
+    generate.export(artifact, target, shard_images=5, progress=lambda *at: told.append(at))
+    assert told[-1] == (12, 12)
+    system, root = fsspec.core.url_to_fs(target)
+    assert sorted(Path(name).name for name in system.ls(root, detail=False)) == [
+        *(f"0000{shard}.tar" for shard in range(3)),
+        "images.parquet",
+    ]
+    rows = artifact.read_jsonl("records.jsonl")
+    with system.open(f"{root}/images.parquet") as stream:
+        table = pq.read_table(stream).to_pylist()
+    assert [{key: row[key] for key in rows[0] if key != "path"} for row in table] == [
+        {key: value for key, value in row.items() if key != "path"} for row in rows
+    ]
+    assert {row["settings"] for row in table} == {artifact.digest}
+    assert {row["model"] for row in table} == {artifact.manifest["key"]["models"]["generator"]}
+    for row in table:
+        content = system.cat_file(f"{root}/{row['shard']}", start=row["offset"], end=row["offset"] + row["bytes"])
+        assert hashlib.sha256(content).hexdigest() == row["sha256"]
+    dataset = captions.read(f"{target}/0000*.tar", need_images=True)
+    assert [image.id for image in dataset.images] == [row["key"] for row in rows]
+    assert [caption.text for caption in dataset.captions] == [row["caption"] for row in rows]
+    assert dataset.image_bytes(7) == artifact.file(rows[7]["path"]).read_bytes()
+    texts = captions.read(f"{target}/images.parquet")
+    assert [caption.text for caption in texts.captions] == [row["caption"] for row in rows]
+    with pytest.raises(UsageError, match="is there already"):
+        generate.export(artifact, target)
+    generate.export(artifact, f"{target}-again", shard_images=5)
+    for name in system.ls(root, detail=False):
+        again = name.replace("/set/", "/set-again/")
+        assert system.cat_file(again) == system.cat_file(name)
+
+
+def test_an_export_that_was_cut_short_has_no_table_and_is_written_over(
+    scored: tuple[Workspace, Artifact], tmp_path: Path
+) -> None:
+    import fsspec
+
+    artifact, target = scored[1], f"memory://{tmp_path.name}/cut"
+    system = fsspec.filesystem("memory")
+
+    def stop(done: int, total: int) -> None:
+        if done > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate.export(artifact, target, shard_images=5, progress=stop)
+    assert [Path(name).name for name in system.ls(f"/{tmp_path.name}/cut", detail=False)] == ["00000.tar"]
+    generate.export(artifact, target, shard_images=5)
+    assert system.exists(f"/{tmp_path.name}/cut/images.parquet")
+
+
+READERS = """
+import glob, json, sys
+import datasets, webdataset
+folder, cache = sys.argv[1:]
+shards = sorted(glob.glob(folder + "/*.tar"))
+samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "txt", "json"))
+options = {"split": "train", "cache_dir": cache}
+table = datasets.load_dataset("parquet", data_files=folder + "/images.parquet", **options)
+tars = datasets.load_dataset("webdataset", data_files={"train": shards}, **options)
+print(json.dumps({
+    "webdataset": [[image.size, text, about["sha256"]] for image, text, about in samples],
+    "table": table["clip_score"][:],
+    "tars": [[each["png"].size, each["txt"], each["json"]["sha256"]] for each in tars],
+}))
+"""
+
+
+def test_webdataset_and_datasets_read_an_export(scored: tuple[Workspace, Artifact], tmp_path: Path) -> None:
+    missing = [name for name in ("webdataset", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        message = f"{' and '.join(missing)} of the extra dev not installed"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    generate.export(scored[1], str(tmp_path / "set"), shard_images=5)
+    command = [sys.executable, "-c", READERS, str(tmp_path / "set"), str(tmp_path / "cache")]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout)
+    rows = scored[1].read_jsonl("records.jsonl")
+    assert read["webdataset"] == read["tars"] == [[[32, 32], row["caption"], row["sha256"]] for row in rows]
+    assert read["table"] == [row["clip_score"] for row in rows]
+
+
+# -- estimates -------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_is_drawn_from_batches_that_are_not_kept(
+    tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = profile_for(pipeline_folder, captions_file, per_caption=2)
+    assert generate.estimate(profile) == {"images": 48, "captions": 24}
+    told = generate.estimate(profile, batches=2)
+    made = generate.run(profile, Workspace(tmp_path / "runs"))
+    sizes = [row["bytes"] for row in made.read_jsonl("records.jsonl")]
+    assert told["bytes_per_image"] == sum(sizes[:8]) // 8
+    assert told["bytes"] == 48 * told["bytes_per_image"]
+    assert told["seconds"] == pytest.approx(48 * told["seconds_per_image"])
+    assert 0 < told["seconds_per_image"] < 60
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    imported = build({"generate": {"source": "import", "import_path": str(made.path)}})
+    with pytest.raises(UsageError, match="imported images are not drawn"):
+        generate.estimate(imported, batches=1)
 
 
 # -- import ----------------------------------------------------------------------------------------------------

@@ -75,10 +75,13 @@ class World:
         """Two "generated" images of each scene's first two captions: other scenes' brighter cousins."""
         data = captions.read("scenes:train", limit=IMAGES, scene_size=SIDE)
         with self.workspace.open(StageKey(stage="generate", settings={})) as slot:
-            for image in data.images:
-                for caption in data.captions_of(image.id)[:2]:
-                    for k in range(2):
-                        slot.append_jsonl("records.jsonl", [self._generate(slot, caption, image, k)])
+            rows = [
+                self._generate(slot, caption, image, k)
+                for image in data.images
+                for caption in data.captions_of(image.id)[:2]
+                for k in range(2)
+            ]
+            slot.write_jsonl("records.jsonl", rows)
             slot.commit(summary={})
 
     def _generate(self, slot: Any, caption: Any, image: Any, k: int) -> dict[str, Any]:

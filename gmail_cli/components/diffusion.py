@@ -4,9 +4,8 @@
 seeded from a hash; the initial noise and the noise of stochastic schedulers come from it; and every batch the network
 sees is full, so that a row is the same bytes whatever its neighbours, its order or its shard.
 
-Any diffusers text-to-image pipeline is driven through its own ``__call__``. Pipelines of the Stable Diffusion 1 and 2
-family (`StableDiffusionPipeline`) encode each caption once and reuse the encoding for every k; the others (SDXL,
-SD3, FLUX, PixArt, ...) are given the captions as text and encode them with each batch.
+Any diffusers text-to-image pipeline is driven through its own ``__call__``. Those in `ENCODED` encode each caption once
+and reuse the encoding for every k; others are given the captions as text and encode them with each batch.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from gmail_cli.errors import InputError, SetupError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +32,23 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
 ATTEMPTS = 4
 """How often a blank image is drawn before the run stops."""
+_DISTILLED = ("LCMScheduler", "TCDScheduler")
+"""Schedulers of distilled models: they take the place of those that diffusers calls compatible with one another, though
+not on its lists."""
+_PLAIN = ("prompt_embeds", "negative_prompt_embeds")
+_POOLED = (*_PLAIN, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+ENCODED = {
+    "StableDiffusionPipeline": _PLAIN,
+    "StableDiffusionXLPipeline": _POOLED,
+    "StableDiffusion3Pipeline": _POOLED,
+    "FluxPipeline": ("prompt_embeds", "pooled_prompt_embeds", ""),
+    "PixArtAlphaPipeline": _MASKED,
+    "PixArtSigmaPipeline": _MASKED,
+    "SanaPipeline": _MASKED,
+}
+"""Pipelines whose text encodings are reused, and the arguments that take what their ``encode_prompt`` returns, in order
+(an empty name: nothing takes it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +124,8 @@ def load_pipeline(
     scheduler: str = "default",
     dtype: str = "float32",
     device: str = "cpu",
+    lora: str = "",
+    lora_scale: float = 1.0,
 ) -> Any:
     """Load a diffusers text-to-image pipeline, ready to sample.
 
@@ -115,9 +135,11 @@ def load_pipeline(
         scheduler: ``"default"``, or the name of a diffusers scheduler that suits the pipeline's own.
         dtype: Name of a torch dtype.
         device: Name of a torch device.
+        lora: A ``.safetensors`` file of LoRA weights in diffusers' format, added into the weights; empty for none.
+        lora_scale: Factor of their update.
 
     Raises:
-        InputError: A folder that is not a pipeline.
+        InputError: A folder that is not a pipeline; LoRA weights that are missing or not made for it.
         SetupError: A hub id that cannot be loaded here.
         UsageError: A scheduler that does not suit the pipeline, or a dtype that does not suit the device.
     """
@@ -143,7 +165,7 @@ def load_pipeline(
                 place, dtype=getattr(torch, dtype), use_safetensors=True, **options
             )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        reason = _first_line(error)
         if folder:
             raise InputError(
                 f"generate.model = {model!r} is not a complete diffusers pipeline: {reason}",
@@ -158,8 +180,54 @@ def load_pipeline(
         ) from error
     if scheduler != "default":
         pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
+    if lora:
+        _add_lora(pipeline, lora, scale=lora_scale)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
+    """Add LoRA weights into those of the pipeline.
+
+    Raises:
+        InputError: The file is missing, or holds nothing that fits the pipeline.
+        UsageError: Diffusers knows no LoRA for this kind of pipeline.
+    """
+    path = locate_lora(file)
+    kind = type(pipeline).__name__
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UsageError(f"generate.lora: diffusers loads no LoRA into a {kind}", hint='set generate.lora to ""')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
+            adapted = any(pipeline.get_list_adapters().values())
+            pipeline.fuse_lora(lora_scale=scale)
+            pipeline.unload_lora_weights()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        adapted, reason = False, _first_line(error)
+    else:
+        reason = "no module of the pipeline is in it"
+    if not adapted:
+        raise InputError(
+            f"generate.lora = {file!r} does not fit this {kind}: {reason}",
+            hint="name LoRA weights that were trained on this model and saved by pipeline.save_lora_weights",
+        )
+
+
+def locate_lora(file: str) -> Path:
+    """The file of LoRA weights.
+
+    Raises:
+        InputError: It is not there, or not a ``.safetensors`` file.
+    """
+    path = Path(file).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise InputError(
+            f"generate.lora = {file!r} is not a .safetensors file that is there",
+            hint="name the file that pipeline.save_lora_weights wrote (pytorch_lora_weights.safetensors)",
+        )
+    return path
 
 
 def locate(model: str) -> tuple[str, Path | None]:
@@ -198,19 +266,19 @@ class Sampler:
     """
 
     def __init__(self, pipeline: Any, *, sampling: Sampling) -> None:
-        import diffusers
-
         self.pipeline = pipeline
         self.sampling = sampling
-        self.reuses_encodings = isinstance(pipeline, diffusers.StableDiffusionPipeline)
-        self._accepted = set(inspect.signature(pipeline.__call__).parameters)
-        if sampling.negative_prompt and "negative_prompt" not in self._accepted:
+        self._encodings: _Encodings | None = None
+        self.reuses_encodings = type(pipeline).__name__ in ENCODED
+        self.accepted = inspect.signature(pipeline.__call__).parameters
+        guides = "negative_prompt" in self.accepted and "true_cfg_scale" not in self.accepted  # FLUX: by another scale
+        if sampling.negative_prompt and not guides:
             raise UsageError(
                 f"generate.negative_prompt: {type(pipeline).__name__} takes no negative prompt",
                 hint="set generate.negative_prompt to an empty string",
             )
 
-    def draw(self, jobs: Sequence[Job], *, start: int = 0) -> Iterator[list[Drawn]]:
+    def draw(self, jobs: Sequence[Job], *, start: int = 0, stop: int | None = None) -> Iterator[list[Drawn]]:
         """Draw ``jobs`` batch by batch, in order.
 
         Batches are cut from ``jobs`` before the first ``start`` are left out, so that a run that starts again shows the
@@ -219,6 +287,7 @@ class Sampler:
         Args:
             jobs: What to draw; a caption's k side by side lets its encoding be reused.
             start: How many of them exist already.
+            stop: Where to end; None draws all.
 
         Yields:
             The new images of each batch.
@@ -227,10 +296,13 @@ class Sampler:
             SetupError: An image that stays blank or not-a-number through `ATTEMPTS` seeds.
             UsageError: Steps or sizes that the pipeline refuses.
         """
-        encode = _Encodings(self, list(dict.fromkeys(job.prompt for job in jobs)))
-        size = self.sampling.batch_size
-        for first in range(start - start % size, len(jobs), size):
-            batch = jobs[first : first + size]
+        if self._encodings is None or self._encodings.jobs is not jobs:
+            self._encodings = _Encodings(self, jobs)
+        encode, size = self._encodings, self.sampling.batch_size
+        stop = len(jobs) if stop is None else min(stop, len(jobs))
+        for first in range(start - start % size, stop, size):
+            batch = jobs[first : min(first + size, stop)]
+            encode.look_ahead(first)
             truncated = self._truncated([job.prompt for job in batch])
             drawn = [
                 Drawn(job, pixels, derived_seed(job, seed=self.sampling.seed, attempt=attempt), attempt, cut)
@@ -272,22 +344,34 @@ class Sampler:
             for job, attempt in rows
         ]
         given = encode([job.prompt for job, _ in rows])
+        given |= self._size()
+        before = torch.get_rng_state()
         try:
             images = self.pipeline(
                 **given,
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance,
-                height=sampling.height or None,
-                width=sampling.width or None,
                 generator=generators,
                 output_type="pt",
             ).images
         except ValueError as error:
             raise UsageError(
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
-                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {error}",
+                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {_first_line(error)}",
                 hint="set others in [generate]; some schedulers need at least 4 steps",
             ) from error
+        except torch.OutOfMemoryError as error:
+            raise SetupError(
+                f"a batch of {sampling.batch_size} images does not fit the memory of the GPU: {_first_line(error)}",
+                hint=f"set generate.batch_size to {max(1, sampling.batch_size // 2)}: it makes another artifact",
+            ) from error
+        if not torch.equal(before, torch.get_rng_state()):
+            raise UsageError(
+                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} draws noise that does "
+                "not come from an image's own seed: its images could not be repeated",
+                hint="set generate.scheduler to another; of a model in a folder, take stochastic_sampling out of its "
+                "scheduler's configuration",
+            )
         output = images[: len(batch)]
         finite = output.isfinite().flatten(1).all(1)
         pixels = output.float().nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -295,18 +379,24 @@ class Sampler:
         good = finite & (spread > 2)
         return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), good.cpu().numpy()
 
+    def _size(self) -> dict[str, Any]:
+        """Arguments that ask for images of just the size that is wanted."""
+        height, width = self.sampling.height, self.sampling.width
+        if "use_resolution_binning" not in self.accepted:
+            return {"height": height, "width": width} if height else {}
+        # PixArt and Sana draw at the nearest size they were trained on and scale; Sana's own size is not its model's
+        own = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+        return {"height": height or own, "width": width or own, "use_resolution_binning": False}
+
     def _truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt is cut by every tokenizer of the pipeline."""
         names = ("tokenizer", "tokenizer_2", "tokenizer_3")
         tokenizers = [t for name in names if (t := getattr(self.pipeline, name, None)) is not None]
+        longest = self.accepted["max_sequence_length"].default if "max_sequence_length" in self.accepted else None
+        limits = [min(filter(None, (each.model_max_length, longest))) for each in tokenizers]
         lengths = [
-            [
-                len(ids) > tokenizer.model_max_length
-                for ids in tokenizer(
-                    list(prompts), truncation=True, max_length=tokenizer.model_max_length + 1
-                ).input_ids
-            ]
-            for tokenizer in tokenizers
+            [len(ids) > limit for ids in tokenizer(list(prompts), truncation=True, max_length=limit + 1).input_ids]
+            for tokenizer, limit in zip(tokenizers, limits, strict=True)
         ]
         return [bool(cut) and all(cut) for cut in zip(*lengths, strict=True)] or [False] * len(prompts)
 
@@ -314,51 +404,88 @@ class Sampler:
 class _Encodings:
     """Keyword arguments that give prompts to a pipeline; where the pipeline allows it, encoded once per caption.
 
-    Captions are encoded in blocks cut from the list of all captions, each padded to the batch size; two blocks are kept
-    (a batch of images reaches into two at most).
+    Captions are encoded as they come up, as many at once as a batch has rows, and kept while they are in use.
     """
 
-    def __init__(self, sampler: Sampler, prompts: Sequence[str]) -> None:
+    def __init__(self, sampler: Sampler, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
         self._sampler = sampler
-        self._prompts = prompts
-        self._row = {prompt: row for row, prompt in enumerate(prompts)}
-        self._blocks: dict[int, tuple[Float[Tensor, "length dim"], ...]] = {}
-        self._negative: Float[Tensor, "1 length dim"] | None = None
+        self._first = 0
+        self._kept: dict[str, dict[str, Float[Tensor, "..."]]] = {}
+        self._negative: dict[str, Float[Tensor, "1 ..."]] = {}
+
+    def look_ahead(self, first: int) -> None:
+        """Say that the batch which begins with job ``first`` is drawn next."""
+        self._first = first
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Any]:
         import torch
 
         sampling = self._sampler.sampling
-        guided = sampling.guidance > 1
         if not self._sampler.reuses_encodings:
-            given = {"prompt": list(prompts)}
-            if guided and sampling.negative_prompt:
+            given: dict[str, Any] = {"prompt": list(prompts)}
+            if sampling.guidance > 1 and sampling.negative_prompt:
                 given["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
+            if "clean_caption" in self._sampler.accepted:  # a rewriting that depends on the packages installed
+                given["clean_caption"] = False
             return given
-        rows = [divmod(self._row[prompt], sampling.batch_size) for prompt in prompts]
-        kept = self._blocks
-        self._blocks = {block: kept.get(block) or self._block(block) for block in {block for block, _ in rows}}
-        encoded = {"prompt_embeds": torch.stack([self._blocks[block][row] for block, row in rows])}
-        if guided:
-            if self._negative is None:
-                self._negative = self._encode([sampling.negative_prompt])[:1]
-            encoded["negative_prompt_embeds"] = self._negative.expand(len(prompts), -1, -1)
+        missing = {prompt: None for prompt in prompts if prompt not in self._kept}
+        if missing:
+            kept = {prompt: self._kept[prompt] for prompt in prompts if prompt in self._kept}
+            for row in range(self._first, min(self._first + self._reach, len(self.jobs))):
+                if len(missing) == sampling.batch_size:
+                    break
+                if self.jobs[row].prompt not in kept:
+                    missing[self.jobs[row].prompt] = None
+            self._kept = kept | self._block(list(missing))
+        names = self._kept[prompts[0]]
+        encoded: dict[str, Any] = {name: torch.stack([self._kept[each][name] for each in prompts]) for name in names}
+        for name, negative in self._negative.items():
+            encoded[name] = negative.expand(len(prompts), *negative.shape[1:])
+        if self._negative:
+            encoded["negative_prompt"] = None  # an empty text, in some pipelines, where it is not said
         return encoded
 
-    def _block(self, block: int) -> tuple[Float[Tensor, "length dim"], ...]:
-        size = self._sampler.sampling.batch_size
-        return self._encode(self._prompts[block * size : (block + 1) * size]).unbind()
+    @property
+    def _reach(self) -> int:
+        """How many jobs ahead captions are looked for: all that fill one block, up to 64 images of each."""
+        return 64 * self._sampler.sampling.batch_size
 
-    def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "batch length dim"]:
+    def _block(self, prompts: Sequence[str]) -> dict[str, dict[str, Float[Tensor, "..."]]]:
+        """What captions are to the pipeline; with the first, also what guidance leads away from."""
         import torch
 
-        pipeline = self._sampler.pipeline
-        full = _full(list(prompts), self._sampler.sampling.batch_size)
+        pipeline, sampling = self._sampler.pipeline, self._sampler.sampling
+        accepted = inspect.signature(pipeline.encode_prompt).parameters
+        size = sampling.batch_size
+        given = {
+            "prompt": _full(list(prompts), size),
+            "device": pipeline._execution_device,
+            "num_images_per_prompt": 1,
+            **{name: None for name in ("prompt_2", "prompt_3") if name in accepted},
+        }
+        for name in ("max_sequence_length", "complex_human_instruction"):
+            if name in accepted:
+                given[name] = self._sampler.accepted[name].default
+        if "do_classifier_free_guidance" in accepted:
+            given["do_classifier_free_guidance"] = sampling.guidance > 1 and not self._negative
+            if sampling.negative_prompt:
+                given["negative_prompt"] = [sampling.negative_prompt] * size
         with torch.no_grad():
-            encoded, _ = pipeline.encode_prompt(
-                full, pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-        return encoded
+            returned = pipeline.encode_prompt(**given)
+        named = {
+            name: each
+            for name, each in zip(ENCODED[type(pipeline).__name__], returned, strict=True)
+            if name and each is not None
+        }
+        if given.get("do_classifier_free_guidance"):
+            self._negative = {name: each[:1] for name, each in named.items() if name.startswith("negative_")}
+        own = {name: each for name, each in named.items() if not name.startswith("negative_")}
+        return {prompt: {name: each[row] for name, each in own.items()} for row, prompt in enumerate(prompts)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]
 
 
 def _full(rows: list[Any], size: int) -> list[Any]:
@@ -375,6 +502,8 @@ def _scheduler(own: Any, name: str) -> Any:
     import diffusers
 
     allowed = {kind.__name__ for kind in own.compatibles} | {type(own).__name__}
+    if own.compatibles:
+        allowed |= set(_DISTILLED)
     if name not in allowed:
         raise UsageError(
             f"generate.scheduler = {name!r} does not suit this pipeline, made for {type(own).__name__}",

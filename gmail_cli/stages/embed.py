@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, export_folder
+from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Waiting, Workspace, export_folder
 from gmail_cli.components import prompts
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.metrics.gap import evenly_spaced
@@ -43,21 +43,6 @@ TEXT_TASKS = ("clip-text", "long-clip", "clip")
 
 Progress = Callable[[int, int], None]
 _Given = TypeVar("_Given")
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """What :func:`run_part` leaves when other processes still have shards to embed.
-
-    Attributes:
-        key: What is being made.
-        done: Shards that are there.
-        shards: Shards in all.
-    """
-
-    key: StageKey
-    done: int
-    shards: int
 
 
 def plan_key(

@@ -113,7 +113,7 @@ def texts_of(fields: Mapping[str, Any], source: ImageSource | None, kind: Kind) 
     if not values:
         raise BadRecordError("empty caption")
     ids: list[str | None] = [None] * len(values)
-    if len(values) == 1 and "caption_id" in fields:
+    if len(values) == 1 and "caption_id" in fields and "k" not in fields:  # k: one of several drawn from that caption
         ids = [identifier(fields["caption_id"], "caption_id")]
     return tuple(Text(caption_text(text), key, kind) for text, key in zip(values, ids, strict=True))
 
@@ -341,13 +341,6 @@ def json_lines(path: Location, request: Request, report: Report) -> Iterator[Row
             yield row
 
 
-def records(path: Location, request: Request, report: Report) -> Iterator[Row]:
-    """``records.jsonl`` of a generate artifact: an image has its own key, its caption and a label; several images may
-    have been drawn from one caption, so its id names none of them."""
-    for row in json_lines(path, request, report):
-        yield replace(row, texts=tuple(replace(text, id=None) for text in row.texts))
-
-
 def json_object(data: bytes) -> dict[str, Any]:
     """The bytes as one JSON object."""
     try:
@@ -383,7 +376,7 @@ def folder(path: Location, request: Request, report: Report) -> Iterator[Row]:
             yield from reader(path / name, with_images, report)
             return
     if (path / "records.jsonl").is_file():
-        yield from records(path / "records.jsonl", replace(with_images, images=path), report)
+        yield from json_lines(path / "records.jsonl", replace(with_images, images=path), report)
         return
     for file in _image_files(path):
         relative = PurePosixPath(file.relative_to(path))  # type: ignore[arg-type]

@@ -134,7 +134,7 @@ def _columns(schema: pa.Schema, path: Location) -> _Columns:
             f"{path} has neither a caption nor an image column; its columns are {', '.join(schema.names)}",
             hint="Name one column caption, text or image.",
         )
-    light = [name for name in (caption, owner, label, names.get("caption_id")) if name is not None]
+    light = [name for name in (caption, owner, label, names.get("caption_id"), names.get("k")) if name is not None]
     stored: str | None = None
     if image is not None:
         kind = schema.field(image).type

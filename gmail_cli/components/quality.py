@@ -1,0 +1,132 @@
+"""How good generated images are, as columns: by their caption, one another, their real partner; and which to keep."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gmail_cli.components.encoders import Clip, embed_images, embed_texts
+from gmail_cli.components.metrics.clipscore import clip_score
+from gmail_cli.errors import InputError
+
+CHUNK = 2048
+"""Images that are scored at a time, up to the last of a caption."""
+
+Row = dict[str, Any]
+
+
+def chunks(captions: Sequence[str], *, size: int = CHUNK) -> list[range]:
+    """Rows in parts of about ``size`` that do not divide the images of one caption: equal neighbours."""
+    parts: list[range] = []
+    start = 0
+    for row in range(1, len(captions) + 1):
+        if row == len(captions) or (row - start >= size and captions[row] != captions[row - 1]):
+            parts.append(range(start, row))
+            start = row
+    return parts
+
+
+def score(
+    clip: Clip,
+    rows: range,
+    *,
+    image_bytes: Callable[[int], bytes],
+    captions: Sequence[str],
+    partner_bytes: Callable[[int], bytes] | None = None,
+    partners: Sequence[int] = (),
+    workers: int = 2,
+) -> list[Row]:
+    """Scores of some images by a frozen CLIP.
+
+    ``clip_score``: 2.5 max(cos, 0) of image and caption (Hessel et al. 2021). ``twin_similarity``: the highest cosine
+    with another image of the same caption, None for an only one; near 1 the generator repeats itself.
+    ``partner_similarity``: cosine with the real image that the caption describes, None where there is none.
+
+    Args:
+        clip: The frozen CLIP, f_r and its text tower.
+        rows: Which images: all of each caption.
+        image_bytes: Encoded bytes of image i.
+        captions: Of every image; equal neighbours are one caption.
+        partner_bytes: Encoded bytes of real image j.
+        partners: For every image its real image.
+        workers: Threads that decode.
+    """
+    images = embed_images(clip, lambda row: image_bytes(rows[row]), len(rows), workers=workers)
+    own = [captions[row] for row in rows]
+    texts = list(dict.fromkeys(own))
+    places = {text: place for place, text in enumerate(texts)}
+    embedded, _ = embed_texts(clip, texts)
+    scores = clip_score(images, captions=embedded[[places[text] for text in own]])
+    likeness: list[float | None] = [None] * len(rows)
+    if partner_bytes is not None:
+        wanted = list(dict.fromkeys(partners[row] for row in rows))
+        real = embed_images(clip, lambda row: partner_bytes(wanted[row]), len(wanted), workers=workers)
+        at = {partner: place for place, partner in enumerate(wanted)}
+        likeness = [_cosine(images[place], real[at[partners[row]]]) for place, row in enumerate(rows)]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, text in enumerate(own):
+        groups[text].append(place)
+    twins: list[float | None] = [None] * len(rows)
+    for group in groups.values():
+        if len(group) > 1:
+            apart = images[group] @ images[group].T
+            np.fill_diagonal(apart, -np.inf)
+            for place, value in zip(group, apart.max(axis=1), strict=True):
+                twins[place] = _rounded(value)
+    return [
+        {"clip_score": _rounded(value), "twin_similarity": twin, "partner_similarity": like}
+        for value, twin, like in zip(scores, twins, likeness, strict=True)
+    ]
+
+
+def choose(rows: Sequence[Mapping[str, Any]], *, minimum: float, best: int) -> list[str]:
+    """Why each image is rejected; an empty text keeps it.
+
+    Args:
+        rows: ``caption_id``, ``caption``, ``k`` and ``clip_score`` of each.
+        minimum: Least CLIPScore.
+        best: Images of each caption to keep, those of the highest scores, of equals the first; 0 for all.
+
+    Raises:
+        InputError: None is kept.
+    """
+    reasons = ["" if row["clip_score"] >= minimum else f"clip_score below {minimum:g}" for row in rows]
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        if not reasons[place]:
+            groups[row["caption_id"], row["caption"]].append(place)
+    for group in groups.values() if best else ():
+        for place in sorted(group, key=lambda place: (-rows[place]["clip_score"], rows[place]["k"]))[best:]:
+            reasons[place] = f"not among the {best} best of its caption"
+    if all(reasons):
+        highest = max(row["clip_score"] for row in rows)
+        raise InputError(
+            f"no image has a clip_score of {minimum:g} or more; the highest of {len(rows)} is {highest:.4g}",
+            hint="Lower generate.min_clip_score.",
+        )
+    return reasons
+
+
+def summarise(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 5th, 50th and 95th percentile."""
+    low, middle, high = np.percentile(values, [5, 50, 95])
+    return {
+        "mean": _rounded(math.fsum(values) / len(values)),
+        "p5": _rounded(low),
+        "p50": _rounded(middle),
+        "p95": _rounded(high),
+    }
+
+
+def _cosine(left: Float[np.ndarray, " dim"], right: Float[np.ndarray, " dim"]) -> float:
+    return _rounded((left.astype(np.float64) * right).sum())
+
+
+def _rounded(value: Any) -> float:
+    """To six decimals: what the machine's arithmetic leaves over is not written down."""
+    return round(float(value), 6)

@@ -1,0 +1,308 @@
+"""Untrained diffusers pipelines of every architecture `gmail generate` is said to drive, small enough for a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LETTERS = [chr(code) for code in range(97, 123)]
+CLIP_TOKENS = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+PIECES = ["<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{letter}" for letter in LETTERS)]
+
+
+def clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    vocabulary = {token: row for row, token in enumerate(CLIP_TOKENS)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=32)
+
+
+def clip_text_encoder(*, projection: int = 0, hidden: int = 16) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(CLIP_TOKENS),
+        hidden_size=hidden,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        projection_dim=projection or 16,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def t5_tokenizer() -> Any:
+    from transformers import T5TokenizerFast
+
+    pieces = [(piece, -float(row)) for row, piece in enumerate(PIECES)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=32)
+
+
+def t5_encoder(hidden: int = 16) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=len(PIECES), d_model=hidden, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+    )
+
+
+def autoencoder(*, channels: int = 4, shift: float | None = None) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=16,
+        layers_per_block=1,
+        shift_factor=shift,
+    )
+
+
+def unet(**more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    options: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+        "norm_num_groups": 2,
+    }
+    return UNet2DConditionModel(**options | more)
+
+
+def stable_diffusion(scheduler: Any = None, **more: Any) -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=clip_text_encoder(),
+        tokenizer=clip_tokenizer(),
+        unet=unet(**more),
+        scheduler=scheduler or DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_2() -> Any:
+    """Version 2 predicts velocities and projects its attention with linear layers."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, prediction_type="v_prediction")
+    return stable_diffusion(scheduler, use_linear_projection=True)
+
+
+def latent_consistency() -> Any:
+    from diffusers import LCMScheduler
+
+    return stable_diffusion(LCMScheduler(steps_offset=1))
+
+
+def stochastic_solver() -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    return stable_diffusion(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", steps_offset=1))
+
+
+def sdxl(scheduler: Any = None) -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=clip_text_encoder(),
+        text_encoder_2=clip_text_encoder(projection=16),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=40,  # 6 numbers of size and crop, 16 of pooled text
+            transformer_layers_per_block=(1, 1),
+            use_linear_projection=True,
+        ),
+        scheduler=scheduler or EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+
+
+def sdxl_turbo() -> Any:
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    return sdxl(EulerAncestralDiscreteScheduler(timestep_spacing="trailing"))
+
+
+def sd3() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=8,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_projection_dim=16,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            out_channels=8,
+            pos_embed_max_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(channels=8, shift=0.1),
+        text_encoder=clip_text_encoder(projection=16),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text_encoder(projection=16),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(32),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux(scheduler: Any = None) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    return FluxPipeline(
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder(shift=0.1),
+        text_encoder=clip_text_encoder(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        ),
+    )
+
+
+def _pixart(kind: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, kind)(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=autoencoder(),
+        transformer=diffusers.PixArtTransformer2DModel(
+            sample_size=8,
+            num_layers=1,
+            patch_size=2,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            cross_attention_dim=8,
+            caption_channels=16,
+            in_channels=4,
+            out_channels=8,
+            use_additional_conditions=False,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def pixart_alpha() -> Any:
+    return _pixart("PixArtAlphaPipeline")
+
+
+def pixart_sigma() -> Any:
+    return _pixart("PixArtSigmaPipeline")
+
+
+def sana() -> Any:
+    from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizerFast
+
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *LETTERS]
+    return SanaPipeline(
+        tokenizer=GemmaTokenizerFast(
+            vocab={token: row for row, token in enumerate(tokens)}, merges=[], model_max_length=32
+        ),
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokens),
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=4,
+            )
+        ),
+        vae=AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+        ),
+        transformer=SanaTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=8,
+            sample_size=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "sd1": stable_diffusion,
+    "sd2": stable_diffusion_2,
+    "sd-lcm": latent_consistency,
+    "sd-sde": stochastic_solver,
+    "sdxl": sdxl,
+    "sdxl-turbo": sdxl_turbo,
+    "sd3": sd3,
+    "flux": flux,
+    "pixart-alpha": pixart_alpha,
+    "pixart-sigma": pixart_sigma,
+    "sana": sana,
+}
+
+
+def save(kind: str, folder: Path) -> Path:
+    """Write the pipeline of that name, with weights that depend on nothing but the name."""
+    import torch
+
+    torch.manual_seed(0)
+    KINDS[kind]().save_pretrained(folder)
+    return folder
