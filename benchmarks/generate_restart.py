@@ -1,12 +1,10 @@
-"""`gmail generate` that is killed, and that starts again far along.
+"""`gmail generate` that starts again far along.
 
-    python benchmarks/generate_restart.py kills [--kills 50] [--seed 0]
-    python benchmarks/generate_restart.py scale [--captions 200000] [--per-caption 5]
+    python benchmarks/generate_restart.py [--captions 200000] [--per-caption 5]
 
-`kills` draws 600 images with `tiny`, kills the process with signal 9 at random moments, each time starting it again,
-and compares the artifact with that of a run that was never killed. `scale` plans 1,000,000 images, of which all but the
-last 1,000 are said to have been drawn (the logs of finished shards are empty: a start does not read them), and measures
-how long a new process, its imports done, takes until it would draw the next one, without loading the model.
+Plans 1,000,000 images, of which all but the last 1,000 are said to have been drawn (the logs of finished shards are
+empty: a start does not read them), and measures how long a new process, its imports done, takes until it would draw the
+next one, without loading the model. What `kill -9` leaves is looked at by benchmarks/kill.py.
 """
 
 from __future__ import annotations
@@ -14,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import random
 import resource
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -26,53 +22,10 @@ from gmail_cli.artifacts import Workspace
 from gmail_cli.profile import Profile, build
 from gmail_cli.stages import generate
 
-PRELOADED = [
-    "gmail_cli.stages.generate",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "transformers.models.clip.modeling_clip",
-]
-
 
 def profile_of(captions: Path, **chosen: Any) -> Profile:
     options = {"steps": 2, "guidance": 1.0, "batch_size": 4}
     return build({"data": {"train": str(captions)}, "generate": options | chosen})
-
-
-def kills(root: Path, *, count: int, seed: int) -> dict[str, Any]:
-    captions = root / "captions.txt"
-    captions.write_text("".join(f"a red ball on a blue box, picture {row}\n" for row in range(200)))
-    profile = profile_of(captions, per_caption=3)
-    expected = generate.run(profile, Workspace(root / "whole"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    chance, killed, starts = random.Random(seed), 0, 0
-    workspace = Workspace(root / "killed")
-    folder = workspace.folder("generate") / f"{expected.digest[:12]}.partial"
-    while killed < count and workspace.find(generate.plan_key(profile)) is None:
-        child = context.Process(target=generate.run, args=(profile, workspace))
-        child.start()
-        starts += 1
-        before = len(list(folder.rglob("images/*/*.png")))
-        # most moments lie between the first new image and a few later, some in the loading before
-        patience = time.monotonic() + chance.uniform(0.0, 4.0)
-        while child.is_alive() and time.monotonic() < patience:
-            if len(list(folder.rglob("images/*/*.png"))) > before + 2:
-                time.sleep(chance.random() * 0.1)
-                break
-            time.sleep(0.002)
-        child.kill()
-        child.join()
-        killed += child.exitcode == -signal.SIGKILL
-    resumed = generate.run(profile, workspace)
-    records = resumed.read_jsonl("records.jsonl")
-    return {
-        "killed": killed,
-        "starts": starts + 1,
-        "images": len(records),
-        "duplicates": len(records) - len({each["key"] for each in records}),
-        "same_content": resumed.content == expected.content,
-        "problems": resumed.verify(),
-    }
 
 
 def scale(root: Path, *, captions: int, per_caption: int) -> dict[str, Any]:
@@ -140,17 +93,11 @@ def restart(profile: Profile, workspace: Workspace, queue: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["kills", "scale"])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--captions", type=int, default=200_000)
     parser.add_argument("--per-caption", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if options.what == "kills":
-            told = kills(Path(folder), count=options.kills, seed=options.seed)
-        else:
-            told = scale(Path(folder), captions=options.captions, per_caption=options.per_caption)
+        told = scale(Path(folder), captions=options.captions, per_caption=options.per_caption)
     print(json.dumps(told, indent=1))
 
 
