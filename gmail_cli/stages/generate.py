@@ -765,7 +765,7 @@ def _chosen_key(profile: Profile, scored: StageKey) -> StageKey:
 
 
 def _key_of(artifact: Artifact) -> StageKey:
-    return StageKey(**artifact.manifest["key"])
+    return StageKey(**{name: value for name, value in artifact.manifest["key"].items() if name != "version"})
 
 
 def _partners(profile: Profile) -> Dataset | None:
