@@ -40,10 +40,21 @@ MANIFEST = "manifest.json"
 EXPORTED = "images.parquet"
 """The last file of an export."""
 MANIFEST_SCHEMA = "gmail.manifest/1"
-VERSIONS: Mapping[str, int] = {"generate": 2, "align": 4, "train": 1, "embed": 2, "index": 2, "eval": 3}
+FEATURES = "features"
+"""Not a command: what frozen towers make of image sets, kept for the stages that read it."""
+VERSIONS: Mapping[str, int] = {
+    FEATURES: 1,
+    "generate": 2,
+    "align": 4,
+    "train": 1,
+    "embed": 2,
+    "index": 2,
+    "eval": 3,
+}
 """The stages in order, each with its own version: raised when the same settings would give other bytes, or bytes that
 other stages read in another way."""
 STAGES = tuple(VERSIONS)
+COMMANDS = tuple(stage for stage in STAGES if stage != FEATURES)
 _JOURNAL = "files.jsonl"
 _PROGRESS = "progress.json"
 _SCRATCH = "scratch"
@@ -73,6 +84,14 @@ def digest_of_list(items: Iterable[str]) -> str:
     for row, item in enumerate(items):
         digest.update((f",{item}" if row else item).encode())
     digest.update(b"]")
+    return digest.hexdigest()
+
+
+def digest_of_each(values: Iterable[Any]) -> str:
+    """SHA-256 (64 hex digits) over the :func:`canonical_json` of many values, a line each, taken one at a time."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(canonical_json(value).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -472,7 +491,7 @@ class Slot:
     """
 
     def __init__(
-        self, workspace: Workspace, key: StageKey, *, on_wait: Callable[[str], None] | None, shared: bool = False
+        self, workspace: Workspace, key: StageKey, *, tell: Callable[[str], None] | None, shared: bool = False
     ) -> None:
         self.key = key
         self._shared = shared
@@ -480,8 +499,9 @@ class Slot:
         self._final = self._home / key.digest[:12]
         self._partial = self._home / f"{key.digest[:12]}.partial"
         lock = workspace.root / workspace.run / ".locks" / f"{key.stage}-{key.digest[:12]}"
-        self._lock = _Lock(lock, on_wait, shared=shared)
+        self._lock = _Lock(lock, tell, shared=shared)
         self._files: dict[str, dict[str, Any]] = {}
+        self._read: set[str] = set()
         self._started = 0.0
         self._elapsed = 0.0
         self._artifact: Artifact | None = None
@@ -695,6 +715,10 @@ class Slot:
         self.path(name).unlink(missing_ok=True)
         self._journal({"name": name, "removed": True})
 
+    def note_read(self, artifact: Artifact) -> None:
+        """Name an artifact that was read without being an input (features), so that it is kept as long as this one."""
+        self._read.add(artifact.digest)
+
     def commit(self, *, summary: Mapping[str, Any], device: str = "cpu") -> Artifact:
         """Write the manifest, rename the folder, point ``latest`` at it.
 
@@ -719,6 +743,7 @@ class Slot:
             "key": self.key.to_json(),
             "content": content_digest(files),
             "files": files,
+            "read": sorted(self._read),
             "summary": dict(summary),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(self._seconds(), 3),
@@ -773,12 +798,14 @@ class Workspace:
     Attributes:
         root: ``runs`` by default.
         run: Name of the run: a folder below ``root``.
-        on_wait: Called with a sentence when another process holds the wanted folder.
+        tell: Called with a sentence for whoever waits: another process holds the wanted folder, features are reused.
+        features: Where features are kept and looked for, when not here (the first process's, under ``torchrun``).
     """
 
     root: Path = Path("runs")
     run: str = "default"
-    on_wait: Callable[[str], None] | None = None
+    tell: Callable[[str], None] | None = None
+    features: Workspace | None = None
 
     def __post_init__(self) -> None:
         if not self.run or self.run in {".", ".."} or "/" in self.run or "\\" in self.run or self.run.startswith("."):
@@ -796,12 +823,13 @@ class Workspace:
             shared: Any number of processes may hold the slot together, each saving other checkpoints. One that opens
                 it alone, to merge and commit them, waits until they have gone.
         """
-        return Slot(self, key, on_wait=self.on_wait, shared=shared)
+        return Slot(self, key, tell=self.tell, shared=shared)
 
-    def find(self, key: StageKey) -> Artifact | None:
-        """The complete artifact of a key, if there is one."""
-        path = self.folder(key.stage) / key.digest[:12]
-        return Artifact.load(path) if (path / MANIFEST).is_file() else None
+    def find(self, key: StageKey, *, any_run: bool = False) -> Artifact | None:
+        """The complete artifact of a key, if there is one; with ``any_run`` also in the other runs of ``root``."""
+        name = Path(key.stage) / key.digest[:12]
+        paths = [self.folder(key.stage) / key.digest[:12], *(sorted(self.root.glob(f"*/{name}")) if any_run else ())]
+        return next((Artifact.load(path) for path in paths if (path / MANIFEST).is_file()), None)
 
     def is_partial(self, key: StageKey) -> bool:
         """Whether an interrupted attempt at the key is there to resume."""
@@ -824,7 +852,8 @@ class Workspace:
 
     def garbage(self) -> list[Path]:
         """Folders of the run that nothing needs and no living process writes: unfinished ones, and complete ones that
-        neither ``latest`` nor an input of something kept refers to, in this run or another of the same root."""
+        neither ``latest`` (of a command) nor an input of something kept refers to, and that nothing kept has read, in
+        this run or another of the same root."""
         return list(self._garbage())
 
     def collect_garbage(self) -> list[Path]:
@@ -843,13 +872,16 @@ class Workspace:
         """Each folder of :meth:`garbage`, with its lock held while the caller looks at it."""
         runs = [Workspace(self.root, path.name) for path in sorted(self.root.glob("[!.]*")) if path.is_dir()]
         artifacts = {artifact.digest: artifact for run in runs for artifact in run.artifacts()}
-        wanted = [latest.digest for run in runs for stage in STAGES if (latest := run.latest(stage, any_version=True))]
+        wanted = [
+            latest.digest for run in runs for stage in COMMANDS if (latest := run.latest(stage, any_version=True))
+        ]
         kept: set[str] = set()
         while wanted:
             digest = wanted.pop()
             if digest in artifacts and digest not in kept:
                 kept.add(digest)
                 wanted += artifacts[digest].manifest["key"]["inputs"].values()
+                wanted += artifacts[digest].manifest.get("read", ())
         unfinished = [path for stage in STAGES for path in sorted(self.folder(stage).glob("*.partial"))]
         for path in unfinished + [artifact.path for artifact in self.artifacts() if artifact.digest not in kept]:
             lock = _Lock(self.root / self.run / ".locks" / f"{path.parent.name}-{path.name[:12]}", None)
@@ -875,9 +907,9 @@ def package_versions() -> dict[str, str]:
 class _Lock:
     """An advisory lock on a file, held alone or ``shared``; the kernel frees it when its holder dies."""
 
-    def __init__(self, path: Path, on_wait: Callable[[str], None] | None, *, shared: bool = False) -> None:
+    def __init__(self, path: Path, tell: Callable[[str], None] | None, *, shared: bool = False) -> None:
         self._path = path
-        self._on_wait = on_wait
+        self._tell = tell
         self._shared = shared
         self._descriptor: int | None = None
 
@@ -899,9 +931,9 @@ class _Lock:
     def acquire(self) -> None:
         told = False
         while not self.try_acquire():
-            if not told and self._on_wait:
+            if not told and self._tell:
                 holder = self._path.read_text(encoding="utf-8").strip() or "another process"
-                self._on_wait(f"process {holder} is making {self._path.name}; waiting for it")
+                self._tell(f"process {holder} is making {self._path.name}; waiting for it")
             told = True
             time.sleep(0.2)
 

@@ -5,6 +5,7 @@ Results (an artifact's path, or one JSON object with ``--json``) go to stdout, e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from gmail_cli.cli_gate import AnnotationsOption, BaselineOption, Gate, JunitOpt
 from gmail_cli.cli_score import app as score_app
 from gmail_cli.cli_search import Flow, count
 from gmail_cli.cli_search import app as search_app
-from gmail_cli.errors import GmailError, InputError, UsageError
+from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
 from gmail_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -353,6 +354,14 @@ def compare(
     resamples: Annotated[int, typer.Option(min=100, metavar="N", help="Bootstrap resamples.")] = 2000,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, metavar="P", help="Level of the intervals.")] = 0.95,
     format_: Annotated[TableFormat, typer.Option("--format", help="How the table is written.")] = TableFormat.TEXT,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of a table, the metrics against the number of captions trained on, with a log-linear fit "
+            "(svg, png or pdf).",
+        ),
+    ] = None,
     workspace: WorkspaceOption = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -360,6 +369,21 @@ def compare(
     from gmail_cli.components import comparison
     from gmail_cli.stages import compare as stage
 
+    if plot is not None:
+        from gmail_cli.components import scaling
+
+        if format_ is not TableFormat.TEXT:
+            raise UsageError(f"--format {format_.value} and --plot: there is no table", hint="Leave one of them out.")
+        curves = stage.scale(runs, root=workspace, metrics=metric or (), draws=resamples, level=confidence)
+        picture = scaling.plot(curves, kind=plot.suffix.removeprefix("."))
+        try:
+            plot.write_bytes(picture)
+        except OSError as error:
+            hint = "Name a file in a folder that exists and can be written."
+            raise SetupError(f"cannot write --plot {plot}: {error.strerror}", hint=hint) from error
+        _say(f"plot: {plot}")
+        typer.echo(json.dumps(curves, allow_nan=False) if as_json else scaling.text(curves))
+        return
     found = stage.run(runs, root=workspace, metrics=metric or (), draws=resamples, level=confidence)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, allow_nan=False))
@@ -385,8 +409,8 @@ def run_(
     if dry_run:
         context.print_plan(plan.steps(loaded, space, stages=loaded.stages))
         return
-    with Progress() as progress:
-        made = plan.execute(loaded, space, stages=loaded.stages, progress=progress.task, on_done=_announce)
+    with Progress() as progress, _trackers(loaded, space) as track:
+        made = plan.execute(loaded, space, stages=loaded.stages, progress=progress.task, on_done=_announce, track=track)
     if as_json:
         _result(json.dumps({stage: _describe(artifact) for stage, artifact in made.items()}, indent=1))
         return
@@ -626,7 +650,7 @@ class _Context:
             )
         if loaded.runtime.threads:
             os.environ["OMP_NUM_THREADS"] = str(loaded.runtime.threads)
-        return loaded, Workspace(self.root, self.run or loaded.name, on_wait=_say)
+        return loaded, Workspace(self.root, self.run or loaded.name, tell=_say)
 
     def print_plan(self, steps: list[Any], **more: Any) -> None:
         if self.as_json:
@@ -637,6 +661,7 @@ class _Context:
                     "digest": step.key.digest,
                     "path": str(step.path) if step.path else None,
                     "changed": list(step.changed),
+                    "features": [{"digest": each.key.digest, "there": there} for each, there in step.features],
                 }
                 for step in steps
             ]
@@ -647,6 +672,8 @@ class _Context:
             typer.echo(f"{step.stage:9} {step.key.digest[:12]}  {words[step.state]}")
             for change in step.changed:
                 typer.echo(f"          changed {change}")
+            for each, there in step.features:
+                typer.echo(f"          {'reuses' if there else 'computes'} {each}")
 
 
 def _inputs(
@@ -719,11 +746,27 @@ def _stage(name: str, context: _Context, *, part: str | None = None, **inputs: P
         return None
     if shard is not None:
         return _stage_part(name, context, shard, profile, space, found)
-    with Progress() as progress:
-        made = plan.execute(profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce)
+    with Progress() as progress, _trackers(profile, space) as track:
+        made = plan.execute(
+            profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce, track=track
+        )
     artifact = made[name]
     _result(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
     return artifact
+
+
+@contextlib.contextmanager
+def _trackers(profile: Profile, space: Workspace) -> Iterator[Any]:
+    """What receives loss curves: None without trackers, and in all but the first process of torchrun."""
+    names = profile.runtime.trackers
+    if not names or os.environ.get("RANK", "0") != "0":
+        yield None
+        return
+    from gmail_cli.trackers import Trackers
+
+    folder = space.root / space.run / ".trackers"
+    with Trackers(names, run=space.run, folder=folder, settings=profile.model_dump(mode="json")) as track:
+        yield track
 
 
 def _change_index(context: _Context, from_: Path | None, add: Path | None, remove: Path | None, rebuild: bool) -> None:

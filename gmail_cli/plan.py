@@ -13,6 +13,8 @@ from typing import Any, Literal
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.errors import InputError, SetupError
 from gmail_cli.profile import Profile
+from gmail_cli.stages import features
+from gmail_cli.stages.features import Features
 
 #: Stage -> the inputs it reads, by name. The first is required.
 INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -33,6 +35,10 @@ MAKER: Mapping[str, str] = {
 }
 SHARED = ("align",)
 """Stages whose training all processes of ``torchrun`` share; the others are the first one's."""
+READ_FEATURES = ("align", "train")
+"""Stages that read what frozen towers make of images (:mod:`gmail_cli.stages.features`)."""
+TRAINING = ("align", "train")
+"""Stages with loss curves."""
 _REQUIRED = {"align": "generated", "index": "embeddings", "eval": "embeddings"}
 _MODULES = {"eval": "evaluate"}
 
@@ -49,6 +55,7 @@ class Step:
         state: ``complete`` (reused), ``resume`` (interrupted before) or ``run``.
         changed: Keys in which it differs from the stage's latest artifact: ``settings.steps: 100 -> 200``.
         path: Its folder, when complete.
+        features: What it reads of frozen towers, and whether that is there; known once its inputs are.
     """
 
     stage: str
@@ -56,6 +63,7 @@ class Step:
     state: Literal["complete", "resume", "run"]
     changed: tuple[str, ...]
     path: Path | None
+    features: tuple[tuple[Features, bool], ...] = ()
 
 
 def module(stage: str) -> Any:
@@ -122,15 +130,25 @@ def steps(
         stages: Names of stages, in order.
         given: Inputs that are there already.
     """
-    digests = {name: artifact.digest for name, artifact in (given or {}).items()}
+    there = dict(given or {})
+    digests = {name: artifact.digest for name, artifact in there.items()}
     plan = []
     for stage in stages:
         wanted = {name: digests[name] for name in INPUTS[stage] if name in digests}
         key: StageKey = module(stage).plan_key(profile, **wanted)
-        plan.append(_step(stage, key, workspace))
+        step = _step(stage, key, workspace)
+        if stage in READ_FEATURES and step.state != "complete" and set(wanted) <= set(there):
+            read = module(stage).features(profile, **{name: there[name] for name in wanted})
+            found = tuple((each, features.find(each, workspace) is not None) for each in read)
+            step = dataclasses.replace(step, features=found)
+        plan.append(step)
         for name, maker in MAKER.items():
             if maker == stage:
                 digests[name] = key.digest
+                if step.path is not None:
+                    there[name] = Artifact.load(step.path)
+                else:
+                    there.pop(name, None)
     return plan
 
 
@@ -165,6 +183,7 @@ def execute(
     progress: Progress,
     given: Mapping[str, Artifact] | None = None,
     on_done: Callable[[Artifact, bool], None] | None = None,
+    track: Callable[..., None] | None = None,
 ) -> dict[str, Artifact]:
     """Run stages in order, reusing what is complete.
 
@@ -175,6 +194,7 @@ def execute(
         progress: Given a stage's name, makes its progress callback.
         given: Inputs that are there already, by name.
         on_done: Called with each artifact and whether it was reused.
+        track: Called with the name and the loss curve so far of whatever is trained.
 
     Returns:
         Stage -> artifact.
@@ -186,9 +206,13 @@ def execute(
         key: StageKey = module(stage).plan_key(profile, **{name: each.digest for name, each in wanted.items()})
         reused = workspace.find(key) is not None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            artifact = _together(profile, workspace, stage=stage, key=key, progress=progress, inputs=wanted)
+            artifact = _together(
+                profile, workspace, stage=stage, key=key, progress=progress, inputs=wanted, track=track
+            )
         else:
-            artifact = module(stage).run(profile, workspace, progress=progress(stage), **wanted)
+            artifact = module(stage).run(
+                profile, workspace, progress=progress(stage), **_tracked(stage, track), **wanted
+            )
         made[stage] = artifact
         for name, maker in MAKER.items():
             if maker == stage:
@@ -196,6 +220,10 @@ def execute(
         if on_done:
             on_done(artifact, reused)
     return made
+
+
+def _tracked(stage: str, track: Callable[..., None] | None) -> dict[str, Any]:
+    return {"track": track} if track is not None and stage in TRAINING else {}
 
 
 def _together(
@@ -206,6 +234,7 @@ def _together(
     key: StageKey,
     progress: Progress,
     inputs: Mapping[str, Artifact],
+    track: Callable[..., None] | None,
 ) -> Artifact:
     """One stage under torchrun: rank 0 makes the artifact; in ``SHARED`` stages the others work on it too.
 
@@ -216,10 +245,10 @@ def _together(
     done, first = workspace.find(key) is not None, parallel.ranks().rank == 0
     parallel.barrier()
     if first:
-        module(stage).run(profile, workspace, progress=progress(stage), **inputs)
+        module(stage).run(profile, workspace, progress=progress(stage), **_tracked(stage, track), **inputs)
     elif stage in SHARED and not done:
         with tempfile.TemporaryDirectory() as folder:
-            module(stage).run(profile, Workspace(Path(folder), workspace.run), **inputs)
+            module(stage).run(profile, Workspace(Path(folder), workspace.run, features=workspace), **inputs)
     parallel.barrier()
     artifact = workspace.find(key)
     if artifact is None:

@@ -104,7 +104,8 @@ class Model(Section):
     """The frozen real-image encoder f_r and the text tower beside it."""
 
     clip: str = "tiny"
-    """CLIP to start from: `tiny` (shipped), a local open_clip folder, `hf-hub:owner/name`, or `ARCH/pretrained-tag`."""
+    """CLIP to start from: `tiny` (shipped), a local folder in open_clip's or transformers' format (CLIP, SigLIP; DINOv2
+    and ViT as towers of images alone), `hf-hub:owner/name` of either, or `ARCH/pretrained-tag`."""
     revision: str = ""
     """Commit of a hub model; empty takes the newest and records which it was."""
 
@@ -243,6 +244,10 @@ class Align(Section):
     """Optimiser steps."""
     batch_size: Annotated[int, Field(ge=2)] = 256
     """Pairs per step; `eq1` has one less negatives."""
+    chunk: Limit = 0
+    """Images of a batch that go through the tower at a time (GradCache): memory is that of a chunk, the loss that of
+    the whole batch, at the price of a second forward pass. 0 takes all at once. Moves the last bits, as the batch size
+    does."""
     lr: Positive = 1e-4
     """Highest learning rate of AdamW."""
     weight_decay: NonNegative = 0.01
@@ -335,6 +340,8 @@ class Train(Section):
     """Commit of a hub language model; required for one."""
     tune_lm: bool = False
     """`clipcap`: train the language model too."""
+    shots: Limit = 0
+    """`linear-probe`: train on so many images of each class, drawn by the cell's seed (few-shot); 0 takes all."""
     prefix_length: Count = 8
     """`clipcap`: prefix embeddings per image."""
     mapping: Literal["mlp", "transformer"] = "mlp"
@@ -451,6 +458,9 @@ class Runtime(Section):
     after a restart need the same number."""
     workers: Limit = 2
     """Threads that decode and encode images."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_tuple)] = ()
+    """Programs that also receive the loss curves as they grow; each needs its package. `metrics.jsonl` is always
+    written."""
     checkpoint_seconds: NonNegative = 30.0
     """Least time between two training checkpoints, seconds."""
 

@@ -21,10 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_clips import VIT
 
+from gmail_cli import plan
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components import captions as reader
 from gmail_cli.components import encoders, tuning
+from gmail_cli.components.images import GeneratedSet
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile
 from gmail_cli.stages import align
@@ -98,7 +100,6 @@ def test_outputs_fit_one_another(clip_folder: Path, workspace: Workspace, genera
     artifact = align.run(profile, workspace, generated=generated, progress=lambda *at: seen.append(at))
     assert artifact.digest == align.plan_key(profile, generated=generated.digest).digest
     assert artifact.verify() == []
-    assert not {"targets.npy", "before.npy"} & set(artifact.files)
     assert seen[-1] == (30, 30)
     assert align.run(profile, workspace, generated=generated).path == artifact.path
 
@@ -130,6 +131,28 @@ def test_cosine_closes_the_gap_on_images_it_never_saw(clip_folder: Path, workspa
     report = artifact.read_json("validation.json")
     assert 1 - report["after"]["paired_cosine"] < 0.5 * (1 - report["before"]["paired_cosine"])
     assert report["after"]["centroid_distance"] < 0.7 * report["before"]["centroid_distance"]
+
+
+def test_a_sweep_embeds_through_f_r_once(clip_folder: Path, generated: Artifact, tmp_path: Path):
+    """Two lines of a sweep: the second computes no features, says so, and ends in the bytes of a run without any."""
+    said: list[str] = []
+    workspace = Workspace(tmp_path / "sweep", "test", tell=said.append)
+    lines = [_profile(clip_folder, steps=3, lora_rank=rank) for rank in (1, 2)]
+    keys = [plan.steps(line, workspace, stages=["align"], given={"generated": generated})[0] for line in lines]
+    assert [there for step in keys for _, there in step.features] == [False] * 4
+    artifacts = [align.run(line, workspace, generated=generated) for line in lines]
+    assert [text.split(" ")[0] for text in said] == ["computing", "computing", "reusing", "reusing"]
+    [step] = plan.steps(_profile(clip_folder, steps=4), workspace, stages=["align"], given={"generated": generated})
+    assert [(str(each).split("(")[1], there) for each, there in step.features] == [
+        (f"20 real images through {clip_folder})", True),
+        (f"40 generated images through {clip_folder})", True),
+    ]
+    alone = align.run(lines[1], Workspace(tmp_path / "alone", "test"), generated=generated)
+    assert artifacts[1].content == alone.content
+    clip = encoders.load_clip(clip_folder)
+    images = GeneratedSet.load(generated.path)
+    stored = np.load(workspace.find(step.features[1][0].key).file("vectors.npy"))  # type: ignore[union-attr]
+    np.testing.assert_array_equal(stored, encoders.embed_images(clip, images.image_bytes, len(images)))
 
 
 _CHILD = """
@@ -187,11 +210,14 @@ def test_two_processes_align_as_one_does_and_resume(
         assert run.poll() is None, "the run ended before its first checkpoint"
         os.killpg(run.pid, signal.SIGKILL)
     subprocess.run(["pkill", "-9", "-f", str(shared.root)], check=False)  # torchrun gives each process a session
-    alone = align.run(profile, Workspace(tmp_path / "alone", "test"), generated=generated)
+    alone_space = Workspace(tmp_path / "alone", "test")
+    alone = align.run(profile, alone_space, generated=generated)
     wanted = [row["loss"] for row in alone.read_jsonl("metrics.jsonl")]
     finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
     artifact = Artifact.load(Path(finished.stdout.strip()))
     assert artifact.digest == alone.digest
+    kept = {each.digest: each.content for each in shared.artifacts() if each.stage == "features"}
+    assert kept == {each.digest: each.content for each in alone_space.artifacts() if each.stage == "features"}
     found = [row["loss"] for row in artifact.read_jsonl("metrics.jsonl")]
     assert found == pytest.approx(wanted, abs=1e-5)
 
@@ -239,6 +265,7 @@ CHANGES: dict[str, Any] = {
     "lora_targets": ["attn"],
     "steps": 3,
     "batch_size": 5,
+    "chunk": 3,
     "lr": 1e-3,
     "weight_decay": 0.5,
     "schedule": "constant",
@@ -284,6 +311,20 @@ def test_every_method_trains_and_merges(method: str, clip_folder: Path, workspac
     assert encoders.model_digest(artifact.folder("clip")) == artifact.summary["encoder"]
 
 
+@pytest.mark.parametrize("changes", [{"lora_dropout": 0.4}, {"method": "dora", "objective": "real-text+coral"}])
+def test_chunks_leave_the_loss_as_it_is(
+    changes: dict[str, Any], clip_folder: Path, workspace: Workspace, generated: Artifact
+):
+    """GradCache: five images at a time (the last chunk has one), the loss and the gradient of all sixteen."""
+    whole = align.run(_profile(clip_folder, **changes), workspace, generated=generated)
+    parts = align.run(_profile(clip_folder, chunk=5, **changes), workspace, generated=generated)
+    curves = [each.read_jsonl("metrics.jsonl") for each in (whole, parts)]
+    assert parts.digest != whole.digest
+    for name in ("loss", "grad_norm"):
+        first, second = ([row[name] for row in curve] for curve in curves)
+        assert second == pytest.approx(first, abs=1e-5 * max(first))
+
+
 def test_stablerep_needs_several_images_of_a_caption(clip_folder: Path, workspace: Workspace):
     with pytest.raises(InputError, match="several generated images of a caption"):
         align.run(_profile(clip_folder, objective="stablerep"), workspace, generated=_one_caption_each(workspace))
@@ -326,6 +367,7 @@ def test_settings_without_effect_do_not_change_the_digest(clip_folder: Path, gen
     assert digest(objective="cosine", bank=0) == digest(objective="cosine", bank=9)
     assert digest(method="projection", lora_dropout=0.0) == digest(method="projection", lora_dropout=0.5)
     assert digest(method="full", lora_rank=4) == digest(method="full", lora_rank=8)
+    assert digest(chunk=0) == digest()
     assert digest(schedule="cosine", cycles=4) == digest(schedule="cosine", cycles=3)
     assert digest(precision="bf16") != digest()
 

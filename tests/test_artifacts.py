@@ -189,7 +189,7 @@ WORKER = textwrap.dedent(
     import sys, time
     from pathlib import Path
     from gmail_cli.artifacts import StageKey, Workspace
-    workspace = Workspace(Path(sys.argv[1]), "r", on_wait=lambda text: print("waits", text, flush=True))
+    workspace = Workspace(Path(sys.argv[1]), "r", tell=lambda text: print("waits", text, flush=True))
     with workspace.open(StageKey(stage="align", settings={})) as slot:
         if slot.done:
             print("reused", flush=True)
@@ -264,7 +264,7 @@ def test_processes_that_share_a_slot_save_checkpoints_and_nothing_else(tmp_path:
 
 def test_one_that_opens_a_slot_alone_waits_for_those_that_share_it(tmp_path: Path) -> None:
     asked = threading.Event()
-    workspace = Workspace(tmp_path, "r", on_wait=lambda _text: asked.set())
+    workspace = Workspace(tmp_path, "r", tell=lambda _text: asked.set())
     seen: list[bool] = []
 
     def alone() -> None:

@@ -73,9 +73,9 @@ def generated(workspace: Workspace) -> Artifact:
 
 
 def _model_artifact(
-    workspace: Workspace, stage: str, folders: dict[str, Path], cells: list[dict[str, Any]]
+    workspace: Workspace, stage: str, folders: dict[str, Path], cells: list[dict[str, Any]], *, settings: Any = None
 ) -> Artifact:
-    with workspace.open(StageKey(stage=stage, settings={})) as slot:
+    with workspace.open(StageKey(stage=stage, settings=settings or {})) as slot:
         for name, source in folders.items():
             clip = encoders.load_clip(source)
             slot.write_folder(name, lambda folder, clip=clip: encoders.save_clip(clip, folder))
@@ -489,3 +489,24 @@ def test_templates_must_name_the_class(clips: dict[str, Path]):
 def test_bf16_on_a_cpu_is_refused(clips: dict[str, Path], workspace: Workspace):
     with pytest.raises(UsageError, match="bf16"):
         embed.run(_profile(clips, precision="bf16"), workspace)
+
+
+def test_a_table_that_is_there_is_copied(
+    clips: dict[str, Path], generated: Artifact, aligned: Artifact, tmp_path: Path
+):
+    """Another alignment embeds through f_g alone; the bytes are those of a run that embeds everything."""
+    said: list[str] = []
+    space = Workspace(tmp_path, "sweep", tell=said.append)
+    embed.run(_profile(clips), space, generated=generated, aligned=aligned)
+    assert said == []
+    other = _model_artifact(
+        Workspace(tmp_path, "other"), "align", {"clip": clips["cell"]}, [], settings={"another": True}
+    )
+    copied = embed.run(_profile(clips), space, generated=generated, aligned=other)
+    names = [text.removeprefix("reusing ").split(" of embed/")[0] for text in said]
+    assert {*copied.summary["tables"]} - {*names} == {"gap-generated-aligned"}
+    alone = embed.run(_profile(clips), Workspace(tmp_path / "alone", "r"), generated=generated, aligned=other)
+    assert copied.content == alone.content
+    smaller = embed.run(_profile(clips, batch_size=2), space, generated=generated, aligned=other)
+    assert smaller.digest != copied.digest
+    assert len(said) == len(names), "other batches move the last bits"

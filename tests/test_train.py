@@ -25,6 +25,7 @@ from gmail_cli.components.encoders import build_clip, embed_images, load_clip, s
 from gmail_cli.components.heads import classify, generate_captions, load_captioner, load_probe
 from gmail_cli.components.images import GeneratedImage
 from gmail_cli.components.pairs import pair
+from gmail_cli.components.tasks import few_shots
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, build
@@ -285,6 +286,25 @@ def test_probes_know_classes_on_real_images(world: World) -> None:
     known = {*labels.tolist()}
     assert len(known) < len(zero_shot.class_names)  # some class has no caption here, and is never the answer
     assert {*classify(zero_shot, features).argmax(1).tolist()} <= known
+
+
+def test_a_few_shot_probe_sees_so_many_images_of_each_class(world: World) -> None:
+    data = captions.read("scenes:train", limit=IMAGES, scene_size=SIDE)
+    pairs = pair(data, kinds=["short"])
+    rows = few_shots(pairs, 2, seed=1)
+    images = {(int(pairs.labels[row]), int(pairs.owners[row])) for row in rows.tolist()}
+    assert len(images) == len(rows), "one caption of an image"
+    every = {(int(label), int(owner)) for label, owner in zip(pairs.labels, pairs.owners, strict=True)}
+    for label in {label for label, _ in every}:
+        there, chosen = (sum(each == label for each, _ in found) for found in (every, images))
+        assert chosen == min(2, there)
+    assert rows.tolist() != few_shots(pairs, 2, seed=2).tolist()
+    settings = {"tasks": ["linear-probe"], "arms": ["real"], "steps": 5}
+    few, all_of_them = (world.train(**settings, shots=shots) for shots in (1, 0))
+    assert few.digest != all_of_them.digest
+    assert "shots" not in all_of_them.manifest["key"]["settings"]
+    name = "linear-probe.real.seed0/head.safetensors"
+    assert few.files[name] != all_of_them.files[name]
 
 
 def test_a_clip_from_random_weights_and_one_fine_tuned(world: World) -> None:

@@ -182,6 +182,15 @@ def test_a_class_never_taught_is_never_found():
     np.testing.assert_array_equal(task.scores(vectors, test=vectors), [1, 0] * 10)
 
 
+def test_without_a_text_tower_images_are_judged_by_their_classes():
+    made = [GeneratedFrom(f"i{row}", f"caption {row}", "cat dog"[4 * (row % 2) :][:3]) for row in range(8)]
+    real = [RealImage(f"i{row}", frozenset({f"caption {row}"}), "cat dog"[4 * (row % 2) :][:3]) for row in range(8)]
+    assert isinstance(transfer.make_task(made, real, embed=None, scale=1.0, captioned=True), Classes)
+    assert transfer.make_task(made, real[:3], embed=None, scale=1.0) is None
+    unnamed = [RealImage(image.id, image.texts) for image in real]
+    assert transfer.make_task(made, unnamed, embed=None, scale=1.0) is None
+
+
 def test_all_captions_of_an_image_count_in_both_directions(monkeypatch: pytest.MonkeyPatch):
     """Untrained, on three images and four texts: ranks worked by hand."""
     monkeypatch.setattr(transfer, "STEPS", 0)

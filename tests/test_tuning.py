@@ -231,3 +231,19 @@ def test_adapter_of_another_model_is_refused(vit: Clip, resnet: Clip, tmp_path: 
 def test_unknown_lora_targets_are_refused(vit: Clip):
     with pytest.raises(UsageError, match=r"align\.lora_targets"):
         tuning.add_lora(vit, targets=["nonsense"])
+
+
+def test_chunks_hold_fewer_activations(vit: Clip, pixels: torch.Tensor):
+    """What autograd keeps of the tower for the way back is one chunk's, and the gradients are those of the whole."""
+    many = pixels.repeat(8, 1, 1, 1)
+    kept, gradients = {}, {}
+    for chunk in (0, 4):
+        tower = _tuned(tuning.add_lora(vit))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            embedded = tower(many, chunk=chunk)
+        kept[chunk] = sum(sizes)
+        (embedded @ embedded.T).exp().sum().backward()
+        gradients[chunk] = torch.cat([p.grad.flatten() for p in tower.parameters() if p.grad is not None])
+    assert kept[4] < 0.2 * kept[0]
+    torch.testing.assert_close(gradients[4], gradients[0], rtol=1e-4, atol=1e-5)

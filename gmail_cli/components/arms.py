@@ -28,13 +28,17 @@ ViewName: TypeAlias = Literal["real", "naive", "aligned"]
 Fill: TypeAlias = Callable[[int, int], np.ndarray]
 Cache: TypeAlias = Callable[[str, tuple[int, ...], str, Fill], np.ndarray]
 """``cache(name, shape, dtype, fill)``: the array that ``fill(start, stop)`` gives row by row, computed once."""
+Features: TypeAlias = Callable[[ViewName, Sequence[str], Fill], np.ndarray]
+"""``features(view, identities, fill)``: the embeddings that ``fill`` gives of the images with these SHA-256, from
+wherever they were computed before."""
 
-_SHOWN: dict[ArmName, tuple[ViewName, ...]] = {
+SHOWN: dict[ArmName, tuple[ViewName, ...]] = {
     "real": ("real",),
     "generated-naive": ("naive",),
     "generated-aligned": ("aligned",),
     "mixed": ("real", "aligned"),
 }
+"""What an arm shows; the arm ``none`` shows nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +118,8 @@ class Material:
         mix_ratio: Share of real images in the arm ``mixed``.
         device: Where embeddings are kept.
         workers: Threads that decode images.
-        cache: Keeps computed arrays.
+        cache: Keeps decoded images.
+        features: Keeps embeddings.
     """
 
     def __init__(
@@ -129,11 +134,12 @@ class Material:
         device: torch.device,
         workers: int,
         cache: Cache,
+        features: Features,
     ) -> None:
         self.dataset, self.generated, self.device = dataset, generated, device
         self.pairs = pair(dataset, generated=generated.rows if generated else None, kinds=kinds)
         self._f_r, self._f_g = f_r, f_g
-        self._mix_ratio, self._workers, self._cache = mix_ratio, workers, cache
+        self._mix_ratio, self._workers, self._cache, self._features = mix_ratio, workers, cache, features
         self._views: dict[str, View] = {}
 
     @functools.cached_property
@@ -143,44 +149,51 @@ class Material:
 
     @functools.cached_property
     def aligned_clip(self) -> Clip:
-        """f_g.
-
-        Raises:
-            InputError: It does not embed where f_r does.
-        """
-        clip = self._f_g()
-        if clip.dim != self.clip.dim:
-            raise InputError(
-                f"f_g ({clip.name}) embeds in {clip.dim} dimensions, f_r ({self.clip.name}) in {self.clip.dim}",
-                hint="Align from the same model.clip.",
-            )
-        return clip
+        """f_g; not needed where its embeddings are there already."""
+        return self._f_g()
 
     def embedded(self, arm: ArmName) -> Arm:
         """Embeddings of the images that an arm shows."""
-        return Arm(tuple(self._embeddings(view) for view in _SHOWN[arm]), share=self._mix_ratio)
+        return Arm(tuple(self._embeddings(view) for view in SHOWN[arm]), share=self._mix_ratio)
 
     def meeting(self, arm: ArmName) -> Meeting | None:
         """Real and generated embeddings of the same captions, for the arms without real images."""
-        if "real" in _SHOWN[arm]:
+        if "real" in SHOWN[arm]:
             return None
-        return Meeting.of(self._embeddings("real"), self._embeddings(_SHOWN[arm][0]), self.pairs)
+        return Meeting.of(self._embeddings("real"), self._embeddings(SHOWN[arm][0]), self.pairs)
 
     def pixels(self, arm: ArmName, preprocess: Preprocess) -> Arm:
         """The images that an arm shows: uint8 (rows, size, size, 3), scaled and cropped, not normalised."""
-        views = tuple(self._pixels(preprocess, real=view == "real") for view in _SHOWN[arm])
+        views = tuple(self._pixels(preprocess, real=view == "real") for view in SHOWN[arm])
         return Arm(views, share=self._mix_ratio)
+
+    def identities(self, view: ViewName) -> list[str]:
+        """SHA-256 of the bytes of each image that a view shows, in order.
+
+        Raises:
+            InputError: There are no such images.
+        """
+        _, rows, _ = self._shown(real=view == "real")
+        if view != "real":
+            assert self.generated is not None
+            return [self.generated.rows[row].sha256 for row in rows]
+        return [each for row in rows if (each := self.dataset.image_identities[row]) is not None]
 
     def _embeddings(self, view: ViewName) -> View:
         if view not in self._views:
-            clip = self.aligned_clip if view == "aligned" else self.clip
             image_bytes, rows, candidates = self._shown(real=view == "real")
 
             def fill(start: int, stop: int) -> np.ndarray:
+                clip = self.aligned_clip if view == "aligned" else self.clip
                 return embed_images(clip, lambda i: image_bytes(rows[start + i]), stop - start, workers=self._workers)
 
-            values = torch.from_numpy(self._cache(f"embeddings-{view}", (len(rows), clip.dim), "float32", fill))
-            self._views[view] = View(values.to(self.device), candidates, real=view == "real")
+            values = self._features(view, self.identities(view), fill)
+            if values.shape[1] != self.clip.dim:
+                raise InputError(
+                    f"f_g embeds in {values.shape[1]} dimensions, f_r ({self.clip.name}) in {self.clip.dim}",
+                    hint="Align from the same model.clip.",
+                )
+            self._views[view] = View(torch.from_numpy(values).to(self.device), candidates, real=view == "real")
         return self._views[view]
 
     def _pixels(self, preprocess: Preprocess, *, real: bool) -> View:

@@ -63,13 +63,13 @@ def compare(
     """
     first = evaluations[0]
     for other in evaluations[1:]:
-        _require_same(first, other)
+        require_same(first, other)
     labels = list(dict.fromkeys(each.label for each in evaluations))
     models: dict[str, dict[str, list[tuple[int, Cell]]]] = {}
     for each in evaluations:
         for cell in each.cells:
             models.setdefault(cell.name, {}).setdefault(each.label, []).append((each.seed, cell))
-    wanted = _wanted(metrics, evaluations)
+    wanted = wanted_metrics(metrics, evaluations)
     rows: list[dict[str, Any]] = []
     comparisons: list[dict[str, Any]] = []
     for model, by_label in models.items():
@@ -117,7 +117,12 @@ def compare(
     }
 
 
-def _require_same(first: Evaluation, other: Evaluation) -> None:
+def require_same(first: Evaluation, other: Evaluation) -> None:
+    """Refuse evaluations whose queries are not the same.
+
+    Raises:
+        InputError: They differ in protocol or test set.
+    """
     if other.protocol != first.protocol:
         raise InputError(
             f"{first.path} was measured with protocol {first.protocol!r}, {other.path} with {other.protocol!r}",
@@ -135,7 +140,12 @@ def _known(evaluations: Sequence[Evaluation]) -> list[str]:
     return list(dict.fromkeys(name for each in evaluations for cell in each.cells for name in cell.scores))
 
 
-def _wanted(metrics: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+def wanted_metrics(metrics: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+    """The metrics to show: those named, every one for ``all``, the headline metrics there are for none.
+
+    Raises:
+        UsageError: None of these evaluations keeps a metric of that name query by query.
+    """
     known = _known(evaluations)
     if not metrics:
         return [name for name in HEADLINES if name in known]

@@ -1,7 +1,7 @@
-"""CLIP encoders: loading and saving open_clip models, and embedding images and texts with them.
+"""CLIP encoders: loading and saving models, and embedding images and texts with them.
 
-A :class:`Clip` is an open_clip model with its tokenizer, its preprocessing and a digest of its content.
-``components/tuning.py`` tunes a copy of its image tower.
+A :class:`Clip` is an open_clip model, or one in transformers format (``transformers_models.py``), with its tokenizer,
+its preprocessing and a digest of its content. ``components/tuning.py`` tunes a copy of its image tower.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from gmail_cli.components import transformers_models
 from gmail_cli.components.images import Preprocess, batches
 from gmail_cli.components.pixels import normalised
 from gmail_cli.errors import InputError, SetupError, UsageError
@@ -58,13 +59,14 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """An open_clip model in eval mode with all that is needed to embed with it.
+    """A model in eval mode with all that is needed to embed with it.
 
     Attributes:
-        model: The open_clip module (``CLIP`` or ``CustomTextCLIP``), fp32 weights.
-        tokenizer: open_clip's tokenizer of the text tower.
+        model: The open_clip module (``CLIP`` or ``CustomTextCLIP``), or one of ``transformers_models``; fp32 weights.
+        tokenizer: Of the text tower; None where there is none.
         preprocess: From stored image bytes to what the image tower reads.
-        config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``.
+        config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``; of a model in transformers
+            format also ``transformers``, its ``config.json``.
         name: How the model was asked for.
         digest: SHA-256 over config and weights; :func:`model_digest` gives the same without loading.
         device: Where it computes.
@@ -95,8 +97,23 @@ class Clip:
         """SHA-256 over what the tokenizer makes of a probe text: equal for tokenizers that read alike."""
         return _sha256([self.tokenizer([_PROBE]).numpy().tobytes()])
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether there is a text tower."""
+        return self.tokenizer is not None
+
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids of ``texts``; what does not fit is cut, keeping the end-of-text token last."""
+        """Token ids of ``texts``; what does not fit is cut, keeping the end-of-text token last.
+
+        Raises:
+            UsageError: There is no text tower.
+        """
+        if not self.reads_texts:
+            raise UsageError(
+                f"{self.name} has no text tower, and this needs one",
+                hint="Take a CLIP or SigLIP as model.clip. A tower of images alone serves gmail align, and the tasks "
+                "linear-probe and clipcap on every arm but none.",
+            )
         ids = self.tokenizer(list(texts))
         truncated = torch.zeros(len(ids), dtype=torch.bool)
         full = torch.nonzero(self.lengths(ids) == self.context_length).flatten().tolist()
@@ -109,8 +126,10 @@ class Clip:
         """Number of tokens of each row without its padding."""
         if _pool_type(self.model) in _POOLS_AT_END:
             return _ends(self.model, ids) + 1
-        pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", 0)
-        return (ids != pad).sum(dim=-1)
+        plain = getattr(self.tokenizer, "tokenizer", None)
+        pad = getattr(plain, "pad_token_id", 0)
+        ends = int(pad == getattr(plain, "eos_token_id", None))  # one of the padding tokens is the end of the text
+        return ((ids != pad).sum(dim=-1) + ends).clamp(max=ids.shape[1])
 
     @torch.inference_mode()
     def encode_images(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
@@ -251,8 +270,9 @@ def load_clip(
     """Load a CLIP model.
 
     Args:
-        ref: ``tiny`` (shipped), a folder that open_clip can load, ``hf-hub:owner/name``, ``ARCH/pretrained-tag`` such
-            as ``ViT-B-16/openai`` (activation as the tag states), or ``ARCH`` alone: random weights, to be trained.
+        ref: ``tiny`` (shipped), a folder in open_clip's or transformers' format, ``hf-hub:owner/name`` of either,
+            ``ARCH/pretrained-tag`` such as ``ViT-B-16/openai`` (activation as the tag states), or ``ARCH`` alone:
+            random weights, to be trained.
         revision: Commit of a hub repository; empty takes the newest.
         device: Where to put it.
         precision: See :class:`Clip`.
@@ -342,9 +362,14 @@ def save_clip(clip: Clip, folder: Path) -> None:
 
     Args:
         clip: What to save.
-        folder: An existing folder; gets the config, the fp32 weights and the tokenizer's files.
+        folder: An existing folder; gets the config, the fp32 weights and the tokenizer's files. A model that came in
+            transformers format is written for transformers' ``AutoModel.from_pretrained``.
     """
     from safetensors.torch import save_file
+
+    if "transformers" in clip.config:
+        transformers_models.save(clip.model, clip.tokenizer, clip.config, folder)
+        return
 
     text = json.dumps(clip.config, indent=1, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -402,6 +427,8 @@ def _locate(ref: str | Path) -> _Source:
 
 
 def _model_files(folder: Path) -> tuple[Path, Path]:
+    if transformers_models.is_transformers(folder):
+        return folder / transformers_models.CONFIG_FILE, transformers_models.weights_file(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{folder} is no open_clip model: it has no {CONFIG_FILE}", hint="Check model.clip.")
     for name in (WEIGHTS_FILE, *_OTHER_WEIGHTS):
@@ -415,6 +442,12 @@ def _load_folder(folder: Path, *, name: str, device: str | torch.device, precisi
     from safetensors import SafetensorError
 
     config_file, _ = _model_files(folder)
+    if transformers_models.is_transformers(folder):
+        described = transformers_models.read_config(folder)
+        model, tokenizer = transformers_models.load(folder, described)
+        return _clip(
+            model, tokenizer, described, name=name, digest=model_digest(folder), device=device, precision=precision
+        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         model = open_clip.create_model(f"local-dir:{folder}")
@@ -439,11 +472,15 @@ def _clip(
     if precision == "bf16" and device.type == "cpu":
         raise UsageError("bf16 on a CPU is some 80 times slower than fp32", hint="Use fp32, or a GPU.")
     model = model.eval().requires_grad_(False).to(device)
-    preprocess_cfg = {**config.get("preprocess_cfg", {}), "size": model.visual.image_size}
+    given = config.get("preprocess_cfg", {})
+    if "transformers" in config:
+        preprocess = Preprocess(**given)
+    else:
+        preprocess = Preprocess.from_open_clip({**given, "size": model.visual.image_size})
     return Clip(
         model=model,
         tokenizer=tokenizer,
-        preprocess=Preprocess.from_open_clip(preprocess_cfg),
+        preprocess=preprocess,
         config=config,
         name=name,
         digest=digest or tensors_digest(config, model.state_dict()),
@@ -493,7 +530,10 @@ def _folder_digest(folder: Path, stamp: tuple[tuple[int, int], ...]) -> str:
     """Digest of a model folder; ``stamp`` (sizes and times) only tells an edited folder from the remembered one."""
     config_file, weights_file = _model_files(folder)
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if transformers_models.is_transformers(folder):
+            config = transformers_models.read_config(folder)
+        else:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
         if weights_file.suffix != ".safetensors":
             return _sha256([_canonical(config), weights_file.read_bytes()])
         return _sha256(_safetensors_parts(config, weights_file))
@@ -513,8 +553,14 @@ def _safetensors_parts(config: Mapping[str, Any], file: Path) -> Iterator[bytes]
         yield data[8 + size + start : 8 + size + stop].tobytes()
 
 
-def tensors_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def digest_in_memory(config: Mapping[str, Any], model: nn.Module) -> str:
     """The digest of a model in memory: what :func:`model_digest` gives for the folder it is saved to."""
+    named = transformers_models.named_tensors(model) if "transformers" in config else model.state_dict()
+    return tensors_digest(config, named)
+
+
+def tensors_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a config and named tensors, as a folder of them is identified."""
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
     def parts() -> Iterator[bytes]:

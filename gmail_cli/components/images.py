@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import struct
 import zlib
 from collections import deque
@@ -106,6 +107,8 @@ class Preprocess:
         std: Each channel is divided by it.
         interpolation: ``bicubic`` or ``bilinear``.
         resize: ``shortest`` or ``squash``.
+        scale_to: The short side before the middle is cropped; None for ``size``.
+        crop: Where the middle of an odd remainder begins: ``round`` as open_clip, ``floor`` as transformers.
     """
 
     size: int
@@ -113,6 +116,8 @@ class Preprocess:
     std: tuple[float, float, float] = OPENAI_STD
     interpolation: Interpolation = "bicubic"
     resize: Resize = "shortest"
+    scale_to: int | None = None
+    crop: Literal["round", "floor"] = "round"
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -145,7 +150,9 @@ class Preprocess:
     @property
     def digest(self) -> str:
         """SHA-256 of the settings: tables are comparable when theirs are equal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        unset = {"scale_to": None, "crop": "round"}
+        settings = {name: value for name, value in asdict(self).items() if (name, value) not in unset.items()}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, data: bytes, *, name: str = "image") -> Float32[np.ndarray, "3 size size"]:
         """Decode, scale, crop and normalise one image.
@@ -174,9 +181,11 @@ class Preprocess:
         if self.resize == "squash":
             return image.resize((self.size, self.size), method)
         short = min(width, height)
-        width, height = self.size * width // short, self.size * height // short
+        to = self.scale_to or self.size
+        width, height = to * width // short, to * height // short
         image = image.resize((width, height), method)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        start = round if self.crop == "round" else math.floor
+        left, top = start((width - self.size) / 2), start((height - self.size) / 2)
         return image.crop((left, top, left + self.size, top + self.size))
 
 

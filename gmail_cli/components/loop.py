@@ -251,7 +251,7 @@ def fit(
             than `CHECKPOINT_SHARE` of the time. Does not change the result.
         shared: The loss is computed by all ranks of `gmail_cli.components.parallel` together: all start from rank 0's
             checkpoint, average their gradients, and rank 0 alone saves.
-        log: Receives the whole curve at each checkpoint and at the end. A row has step (steps done), loss
+        log: Receives the curve so far at each new row, and in the end. A row has step (steps done), loss
             (mean since the row before), lr, grad_norm (before clipping) and the further scalars.
         progress: Called with (steps done, steps in all).
 
@@ -304,14 +304,14 @@ def fit(
                 continue
             state.curve.append(_close(window, step=state.step, lr=lr))
             window.clear()
+            if log:
+                log(state.curve)
             if progress:
                 progress(state.step, recipe.steps)
             wait = max(checkpoint_seconds, save_cost / CHECKPOINT_SHARE)
             if checkpoints and state.step < recipe.steps and time.monotonic() - saved_at >= wait:
                 started = time.monotonic()
                 checkpoints.save(state.tensors())
-                if log:
-                    log(state.curve)
                 saved_at = time.monotonic()
                 save_cost = saved_at - started
     if state.ema is not None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -268,8 +269,33 @@ def clipcap_job(captioner: Captioner, pairs: Pairs, arm: Arm, *, meeting: Meetin
     return Job(module=captioner, loss=loss, rows=len(pairs), export=export)
 
 
-def probe_job(probe: Probe, pairs: Pairs, arm: Arm, *, meeting: Meeting | None) -> Job:
+def few_shots(pairs: Pairs, shots: int, *, seed: int) -> Int64[np.ndarray, " rows"]:
+    """Captions of ``shots`` images of each class, drawn by ``seed``, one of an image; all of a class that has fewer."""
+    chosen: dict[int, dict[int, int]] = {}
+    labels, owners = pairs.labels.tolist(), pairs.owners.tolist()
+    for row in np.random.default_rng(seed).permutation(len(pairs)).tolist():
+        images = chosen.setdefault(labels[row], {})
+        if len(images) < shots:
+            images.setdefault(owners[row], row)
+    return np.array(sorted(row for images in chosen.values() for row in images.values()), dtype=np.int64)
+
+
+def probe_job(
+    probe: Probe,
+    pairs: Pairs,
+    arm: Arm,
+    *,
+    meeting: Meeting | None,
+    rows: int | Callable[[int], Int64[np.ndarray, " batch"]] | None = None,
+) -> Job:
     """Train a class probe on embeddings, labelled by the class of the caption's image.
+
+    Args:
+        probe: Trained in place.
+        pairs: The captions.
+        arm: Image embeddings.
+        meeting: See `prepare_projection`.
+        rows: Captions to train on, as `loop.fit` takes them; None for all.
 
     Raises:
         InputError: A caption's image has no class.
@@ -293,7 +319,7 @@ def probe_job(probe: Probe, pairs: Pairs, arm: Arm, *, meeting: Meeting | None) 
         finish()
         save_head(probe, folder)
 
-    return Job(module=probe, loss=loss, rows=len(pairs), export=export)
+    return Job(module=probe, loss=loss, rows=len(pairs) if rows is None else rows, export=export)
 
 
 @torch.no_grad()

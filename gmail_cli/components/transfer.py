@@ -161,38 +161,36 @@ def make_task(
     generated: Sequence[GeneratedFrom],
     real: Sequence[RealImage],
     *,
-    embed: Callable[[list[str]], Float[np.ndarray, "texts dim"]],
+    embed: Callable[[list[str]], Float[np.ndarray, "texts dim"]] | None,
     scale: float,
     captioned: bool = False,
     seed: int = 0,
-) -> Task:
-    """The task that the captions at hand allow.
+) -> Task | None:
+    """The task that the captions at hand allow; None where there is none.
 
     Few captions that repeat make classes. So do labels, where captions of generated and of real images have nothing in
-    common.
+    common, or f_r reads no texts.
 
     Args:
         generated: The generated training images.
         real: The held-out real images.
-        embed: Text embeddings beside f_r; used where captions hardly repeat.
+        embed: Text embeddings beside f_r, where it has any; used where captions hardly repeat.
         scale: CLIP's inverse temperature; likewise.
         captioned: Every generated image was drawn from a caption of one real image, so labels do not stand in.
         seed: See `Captions`.
     """
     said = [image.text for image in generated]
     told: list[frozenset[str]] = [image.texts for image in real]
-    if (
-        not captioned
-        and not set(said) & set().union(*told)
-        and all(each.label for each in generated)
-        and all(each.label for each in real)
-    ):
+    labelled = all(each.label for each in generated) and all(each.label for each in real)
+    if labelled and (embed is None or not (captioned or set(said) & set().union(*told))):
         said = [str(image.label) for image in generated]
         told = [frozenset({str(image.label)}) for image in real]
     spoken, numbers = np.unique(said, return_inverse=True)
     answers = sorted(set().union(*told))
     if 2 * len(answers) <= len(real):
         return Classes(numbers, np.array([[answer in own for answer in spoken] for own in told]))
+    if embed is None:
+        return None
     row_of = {answer: row for row, answer in enumerate(answers)}
     return Captions(
         said=numbers,

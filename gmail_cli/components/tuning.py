@@ -11,19 +11,23 @@ so what is saved behaves the same in plain peft, with and without that defect.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from gmail_cli.components.encoders import Clip, tensors_digest
+from gmail_cli.components.encoders import Clip, digest_in_memory
+from gmail_cli.components.transformers_models import Visual
 from gmail_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -73,10 +77,26 @@ class TunedTower(nn.Module):
                 weights[name] = weight
         return weights
 
-    def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """Unit embeddings, differentiable; with dropout wherever gradients are wanted."""
-        dropout = self.dropout if torch.is_grad_enabled() else 0.0
-        features = torch.func.functional_call(self.visual, self.adapted(dropout=dropout), (pixels,))
+    def forward(self, pixels: Float[Tensor, "batch 3 height width"], *, chunk: int = 0) -> Float[Tensor, "batch dim"]:
+        """Unit embeddings, differentiable; with dropout wherever gradients are wanted.
+
+        Args:
+            pixels: Of the whole batch.
+            chunk: Embed so many images at a time, and hold the activations of no more than these: they are computed
+                again when gradients go back through them (GradCache, Gao et al. 2021). Loss and gradients are those
+                of the whole batch up to rounding. 0 embeds all at once.
+        """
+        weights = self.adapted(dropout=self.dropout if torch.is_grad_enabled() else 0.0)
+
+        def embed(part: Tensor) -> Tensor:
+            return torch.func.functional_call(self.visual, weights, (part,))
+
+        if not 0 < chunk < len(pixels):
+            features = embed(pixels)
+        else:
+            features = torch.cat(
+                [checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False) for part in pixels.split(chunk)]
+            )
         return nn.functional.normalize(features.float(), dim=-1)
 
     @property
@@ -92,18 +112,24 @@ def lora_targets(visual: nn.Module) -> tuple[str, ...]:
     layers of the MLP. Residual networks: every convolution; not the attention pool, whose weights are read without
     calling the modules, so that plain peft would ignore an adapter there. timm towers (SigLIP, EVA, MobileCLIP,
     ConvNeXt, ...): every linear layer and ungrouped convolution of the trunk but its head, by full path; likewise not
-    those whose weights are read without a call (queries, keys and values of EVA).
+    those whose weights are read without a call (queries, keys and values of EVA). Towers in transformers format: every
+    linear layer of the blocks, by full path, so that plain peft tunes the same ones in a model with a text tower.
     """
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
 
     if isinstance(visual, ModifiedResNet):
         return ("conv1", "conv2", "conv3", "downsample.0")
-    return _called(visual) if isinstance(visual, TimmModel) else ("attn", "c_fc", "c_proj")
+    if isinstance(visual, VisionTransformer):
+        return ("attn", "c_fc", "c_proj")
+    return _called(
+        visual, within=r"trunk\.(?!head|classifier)" if isinstance(visual, TimmModel) else r"(.*\.)?layers?\."
+    )
 
 
-def _called(visual: nn.Module) -> tuple[str, ...]:
-    """The linear layers and ungrouped convolutions that a forward pass of a timm tower calls, its head apart."""
+def _called(visual: nn.Module, *, within: str) -> tuple[str, ...]:
+    """The linear layers and ungrouped convolutions that a forward pass calls, of those whose path begins so."""
     found: dict[str, None] = {}
 
     def watch(path: str) -> Callable[..., None]:
@@ -113,8 +139,7 @@ def _called(visual: nn.Module) -> tuple[str, ...]:
         module.register_forward_pre_hook(watch(path))
         for path, module in visual.named_modules()
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and path.startswith("trunk.")
-        and not path.startswith(("trunk.head", "trunk.classifier"))
+        and re.match(within, path)
     ]
     sample = next(visual.parameters())
     size = visual.image_size
@@ -166,7 +191,8 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            adapter = get_peft_model(_shell(visual), config)
+            with _peft():
+                adapter = get_peft_model(_shell(visual), config)
         except (ValueError, TypeError) as error:
             hint = "Name modules of the image tower, such as attn, c_fc and c_proj."
             raise UsageError(f"align.lora_targets = {targets}: {error}", hint=hint) from error
@@ -196,6 +222,8 @@ def unfreeze_projection(clip: Clip) -> TunedTower:
         if isinstance(visual, ModifiedResNet)
         else "head."
         if isinstance(visual, TimmModel)
+        else "visual_projection."
+        if isinstance(visual, Visual)
         else "proj"
     )
     found = [parameter for name, parameter in visual.named_parameters() if name.startswith(last)]
@@ -242,13 +270,21 @@ def load_adapter(clip: Clip, folder: Path) -> TunedTower:
 
     visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
     try:
-        with warnings.catch_warnings():
+        with _peft():
             warnings.simplefilter("error", UserWarning)  # peft only warns of weights it misses
             adapter = PeftModel.from_pretrained(_shell(visual), str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
         hint = "Give the adapter folder of an align artifact made from the same model."
         raise InputError(f"{folder} holds no adapter for {clip.name}: {error}", hint=hint) from error
     return TunedTower(visual, adapter)
+
+
+@contextlib.contextmanager
+def _peft() -> Iterator[None]:
+    """peft 0.21 asks transformers 5 for an attribute that is going to be renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def _shell(visual: nn.Module) -> nn.Module:
@@ -258,10 +294,10 @@ def _shell(visual: nn.Module) -> nn.Module:
 
 
 def merge(clip: Clip, tower: TunedTower, *, name: str = "") -> Clip:
-    """A plain open_clip model with the tuned tower's weights folded in: f_g beside f_r's text tower."""
+    """A plain model with the tuned tower's weights folded in: f_g beside f_r's text tower, where there is one."""
     model = copy.deepcopy(clip.model)
     with torch.no_grad():
         model.visual.load_state_dict({**tower.visual.state_dict(), **tower.adapted()})
     model.requires_grad_(False)
-    digest = tensors_digest(clip.config, model.state_dict())
+    digest = digest_in_memory(clip.config, model)
     return dataclasses.replace(clip, model=model, name=name or clip.name, digest=digest)

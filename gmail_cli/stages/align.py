@@ -7,7 +7,8 @@ and a validation on held-out images that says whether alignment helped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
 from gmail_cli.components.captions import Dataset
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, settings
+from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
+from gmail_cli.stages.features import Features
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +37,7 @@ JUDGED = 5_000
 """Most held-out real images that transfer is judged by."""
 
 Progress = Callable[[int, int], None]
+Track = Callable[[str, Sequence[Mapping[str, float]]], None]
 
 
 def plan_key(profile: Profile, *, generated: str) -> StageKey:
@@ -41,14 +45,33 @@ def plan_key(profile: Profile, *, generated: str) -> StageKey:
     return _key(profile, _read(profile), generated)
 
 
-def run(profile: Profile, workspace: Workspace, *, generated: Artifact, progress: Progress | None = None) -> Artifact:
+def features(profile: Profile, *, generated: Artifact) -> list[Features]:
+    """What `run` reads of f_r: its embeddings of the real images that can be partners, and of the generated images."""
+    from gmail_cli.components.encoders import model_digest
+    from gmail_cli.components.images import GeneratedSet
+
+    real, images = _read(profile), GeneratedSet.load(generated.path)
+    used, _ = _partners(real, images, every=profile.align.pairing == "unpaired")
+    digest = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
+    return [_of_real(profile, real, used, digest), _of_generated(profile, images, digest)]
+
+
+def run(
+    profile: Profile,
+    workspace: Workspace,
+    *,
+    generated: Artifact,
+    progress: Progress | None = None,
+    track: Track | None = None,
+) -> Artifact:
     """Align generated images with the real images of their captions (or find it done).
 
     Args:
         profile: Sections used: ``align``, ``model``, ``data`` (the real partners), ``runtime``; and ``seed``.
         workspace: Where the artifact goes.
         generated: A generate artifact.
-        progress: Called with (steps done, steps in all).
+        progress: Called with (images embedded, images) where features are missing, then with (steps done, steps).
+        track: Called with ``align`` and the loss curve so far.
 
     Returns:
         The artifact: ``adapter/`` (peft; not with ``method = "full"``), ``clip/`` (open_clip folder: f_g beside f_r's
@@ -65,8 +88,8 @@ def run(profile: Profile, workspace: Workspace, *, generated: Artifact, progress
     with workspace.open(key) as slot:
         if slot.done:
             return slot.artifact
-        work = _prepare(profile, slot, real, generated)
-        tower = _train(profile, slot, work, progress=progress)
+        work = _prepare(profile, workspace, slot, real, generated, progress=progress)
+        tower = _train(profile, slot, work, progress=progress, track=track)
         report = _finish(profile, slot, work, tower)
         from gmail_cli.components.encoders import describe_device
 
@@ -91,6 +114,7 @@ def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
     unused += [] if align.schedule == "cosine-restarts" else ["cycles"]
     unused += [] if objective.contrasts else ["temperature", "learn_temperature"]
     unused += [] if objective.has_negatives else ["false_negatives", "bank"]
+    unused += ["chunk"] if align.chunk == 0 else []
     for name in unused:
         del chosen[name]
     return StageKey(
@@ -100,6 +124,20 @@ def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
         models={"clip": model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)},
         seed=profile.seed,
     )
+
+
+def _of_real(profile: Profile, real: Dataset, rows: Sequence[int], encoder: str) -> Features:
+    identities = [real.image_identities[row] for row in rows]
+    return _features(profile, [each for each in identities if each is not None], "real images", encoder)
+
+
+def _of_generated(profile: Profile, images: GeneratedSet, encoder: str) -> Features:
+    return _features(profile, [row.sha256 for row in images.rows], "generated images", encoder)
+
+
+def _features(profile: Profile, images: Sequence[str], what: str, encoder: str) -> Features:
+    precision, name = profile.align.precision, profile.model.clip
+    return Features(images=tuple(images), what=what, encoder=name, encoder_digest=encoder, precision=precision)
 
 
 def _objective(profile: Profile) -> Objective:
@@ -151,7 +189,15 @@ class _Work:
     pairing: Pairing
 
 
-def _prepare(profile: Profile, slot: Slot, dataset: Dataset, artifact: Artifact) -> _Work:
+def _prepare(
+    profile: Profile,
+    workspace: Workspace,
+    slot: Slot,
+    dataset: Dataset,
+    artifact: Artifact,
+    *,
+    progress: Progress | None,
+) -> _Work:
     import numpy as np
     import torch
 
@@ -177,13 +223,20 @@ def _prepare(profile: Profile, slot: Slot, dataset: Dataset, artifact: Artifact)
     used, real = _partners(dataset, images, every=align.pairing == "unpaired")
     pixels = Pixels(images.image_bytes, len(images), preprocess=clip.preprocess, device=device, workers=runtime.workers)
 
-    def embed_real() -> np.ndarray:
+    def embed_real(start: int, stop: int) -> np.ndarray:
         return encoders.embed_images(
-            clip, lambda row: dataset.image_bytes(used[row]), len(used), workers=runtime.workers
+            clip, lambda row: dataset.image_bytes(used[start + row]), stop - start, workers=runtime.workers
         )
 
-    targets = _cached(slot, "targets.npy", embed_real)
-    before = _cached(slot, "before.npy", lambda: _embed(clip, pixels, np.arange(len(images))))
+    def embed_generated(start: int, stop: int) -> np.ndarray:
+        return _embed(clip, pixels, np.arange(start, stop))
+
+    def frozen_features(wanted: Features, embed: frozen.Embed) -> np.ndarray:
+        where = encoders.describe_device(device)
+        return frozen.load(wanted, workspace, slot, embed=embed, device=where, shared=True, progress=progress)
+
+    targets = frozen_features(_of_real(profile, dataset, used, clip.digest), embed_real)
+    before = frozen_features(_of_generated(profile, images, clip.digest), embed_generated)
 
     def held(ids: list[str]) -> np.ndarray:
         return np.array(
@@ -239,15 +292,6 @@ def _partners(dataset: Dataset, images: GeneratedSet, *, every: bool) -> tuple[l
             used.append(row)
             real.append(RealImage(image.id, own, image.label))
     return used, real
-
-
-def _cached(slot: Slot, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array kept in the slot while the stage works, so that a resumed run need not compute it again."""
-    import numpy as np
-
-    if not slot.has(name):
-        slot.write_npy(name, compute())
-    return np.load(slot.path(name), allow_pickle=False)
 
 
 def _embed(clip: Clip, pixels: Pixels, rows: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
@@ -336,7 +380,7 @@ class _Batches:
         from gmail_cli.components.loop import seed_from
         from gmail_cli.components.objectives import Batch, false_negatives
 
-        work, rows = self._work, indices.numpy()
+        work, rows, chunk = self._work, indices.numpy(), self._align.chunk
         partners = work.pairing.rows(rows, seed=seed_from("partner", self._seed, step))
         captions = self._captions[rows]
         share = parallel.ranks().share(len(rows))
@@ -344,10 +388,10 @@ class _Batches:
         upcoming = self.rows(step + 1)
         work.pixels.prefetch(work.train[upcoming[parallel.ranks().share(len(upcoming))]])
         with work.clip.autocast():
-            embedded = parallel.gather(self._tower(pixels), rows=len(rows))
+            embedded = parallel.gather(self._tower(pixels, chunk=chunk), rows=len(rows))
             seen = None
             if work.real_pixels is not None:
-                seen = parallel.gather(self._tower(work.real_pixels[partners[share]]), rows=len(rows))
+                seen = parallel.gather(self._tower(work.real_pixels[partners[share]], chunk=chunk), rows=len(rows))
         bank, bank_false = self._bank(partners, captions, step=step)
         anywhere = None
         if "rafa" in self._names:
@@ -403,7 +447,7 @@ class _Batches:
         return self._targets[torch.from_numpy(learn)], torch.from_numpy(false).to(self._device)
 
 
-def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | None) -> TunedTower:
+def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | None, track: Track | None) -> TunedTower:
     import dataclasses
 
     from torch import nn
@@ -439,6 +483,7 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
         checkpoints=slot.checkpoints("tower"),
         checkpoint_seconds=profile.runtime.checkpoint_seconds,
         shared=True,
+        log=functools.partial(track, "align") if track else None,
         progress=progress,
     )
     slot.write_jsonl("metrics.jsonl", curve)
@@ -446,8 +491,11 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
 
 
 def _text_scale(clip: Clip) -> float:
-    """The model's own inverse temperature between images and texts."""
+    """The model's own inverse temperature between images and texts; 1 where it reads none."""
     from gmail_cli.components.tasks import LARGEST_SCALE
+
+    if not clip.reads_texts:
+        return 1.0
 
     return min(float(clip.model.logit_scale.exp()), LARGEST_SCALE)
 
@@ -462,8 +510,6 @@ def _finish(profile: Profile, slot: Slot, work: _Work, tower: TunedTower) -> dic
     slot.write_folder("clip", lambda folder: encoders.save_clip(merged, folder))
     validation = _validate(profile, work, merged)
     slot.write_json("validation.json", validation)
-    for cache in ("targets.npy", "before.npy"):
-        slot.remove(cache)
     whole = sum(parameter.numel() for parameter in work.clip.model.visual.parameters())
     return {
         "objective": str(_objective(profile)),
@@ -505,20 +551,24 @@ def _validate(profile: Profile, work: _Work, merged: Clip) -> dict[str, Any]:
     train = some(known, most=TRANSFER_ROWS)
     generated = [work.generated[row] for row in train]
     partners = partnership.pair(generated, learn, seed=profile.seed).with_candidates(work.learn)
+    task = transfer.make_task(
+        generated,
+        real,
+        embed=(lambda texts: encoders.embed_texts(work.clip, texts)[0]) if work.clip.reads_texts else None,
+        scale=_text_scale(work.clip),
+        captioned=partners.method == "caption",
+        seed=profile.seed,
+    )
+    if task is None:
+        reason = f"{work.clip.name} reads no captions, and there are too few held-out images of each class"
+        return {"verdict": f"not validated: {reason}"}
     return transfer.validate(
         transfer.View(train=work.before[train], held=work.before[held]),
         transfer.View(train=_embed(merged, work.pixels, train), held=_embed(merged, work.pixels, held)),
         partners=work.targets[partners.rows(np.arange(len(train)), seed=profile.seed)],
         real=work.targets[judged],
         pairs=partnership.pair([work.generated[row] for row in held], real),
-        task=transfer.make_task(
-            generated,
-            real,
-            embed=lambda texts: encoders.embed_texts(work.clip, texts)[0],
-            scale=_text_scale(work.clip),
-            captioned=partners.method == "caption",
-            seed=profile.seed,
-        ),
+        task=task,
         objective=profile.align.objective,
         seed=profile.seed,
     )

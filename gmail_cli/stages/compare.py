@@ -33,6 +33,55 @@ def run(
         InputError: A run has no evaluation, one is named twice, or they do not fit each other.
         UsageError: An unknown metric.
     """
+    found = _named(runs, root)
+    names = [label or artifact.path.parent.parent.name for label, artifact in found]
+    labels = [
+        name if label or names.count(name) == 1 else f"{name}/{artifact.digest[:6]}"
+        for name, (label, artifact) in zip(names, found, strict=True)
+    ]
+    evaluations = [_read(label, artifact) for label, (_, artifact) in zip(labels, found, strict=True)]
+    return comparison.compare(evaluations, metrics=metrics, draws=draws, level=level)
+
+
+def scale(
+    runs: Sequence[str], *, root: Path, metrics: Sequence[str] = (), draws: int = 2000, level: float = 0.95
+) -> dict[str, Any]:
+    """The same evaluations against the number of captions that each was trained on (paper, Table 7).
+
+    Args:
+        runs: As for :func:`run`; at least two sizes.
+        root: As for :func:`run`.
+        metrics: As for :func:`run`.
+        draws: As for :func:`run`.
+        level: As for :func:`run`.
+
+    Returns:
+        A ``gmail.scaling/1`` document (:func:`gmail_cli.components.scaling.scaling`).
+
+    Raises:
+        InputError: As for :func:`run`; also where the models of a run are gone, or all were trained on as much.
+        UsageError: An unknown metric.
+    """
+    from gmail_cli.components.scaling import scaling
+
+    found = [
+        (_captions(artifact), _read(label or str(artifact.path), artifact)) for label, artifact in _named(runs, root)
+    ]
+    return scaling(found, metrics=metrics, draws=draws, level=level)
+
+
+def _captions(artifact: Artifact) -> int:
+    """How many captions the models of an evaluation were trained on."""
+    digest = artifact.manifest["key"]["inputs"].get("train", "")
+    folder = artifact.path.parents[1] / "train" / digest[:12]
+    if not digest or not folder.is_dir():
+        hint = "Evaluate a run whose train artifact is still beside it."
+        raise InputError(f"{artifact.path} does not say how many captions its models were trained on", hint=hint)
+    return int(Artifact.load(folder).summary["captions"])
+
+
+def _named(runs: Sequence[str], root: Path) -> list[tuple[str, Artifact]]:
+    """The label (empty where none is given) and the evaluation of each."""
     found: list[tuple[str, Artifact]] = []
     for text in runs:
         label, equals, ref = text.partition("=")
@@ -42,13 +91,7 @@ def run(
         if any(artifact.path == other.path for _, other in found):
             raise InputError(f"{ref} names {artifact.path}, which is compared already", hint="Name each once.")
         found.append((label, artifact))
-    names = [label or artifact.path.parent.parent.name for label, artifact in found]
-    labels = [
-        name if label or names.count(name) == 1 else f"{name}/{artifact.digest[:6]}"
-        for name, (label, artifact) in zip(names, found, strict=True)
-    ]
-    evaluations = [_read(label, artifact) for label, (_, artifact) in zip(labels, found, strict=True)]
-    return comparison.compare(evaluations, metrics=metrics, draws=draws, level=level)
+    return found
 
 
 def _evaluation(ref: str, root: Path) -> Artifact:

@@ -11,7 +11,9 @@ of real and generated training images are embedded to measure the modality gap b
 
 A table is embedded in shards of ``embed.shard_rows`` rows. Each is written when it is there, whole or absent, and
 depends on nothing but its own rows: a killed run begins again at the shard it was in, and several processes
-(:func:`run_part`) may share the shards. At the end they are laid one after another.
+(:func:`run_part`) may share the shards. At the end they are laid one after another. A table that an earlier artifact of
+the run holds already, of the same images or texts through the same encoder, is copied from there: in a sweep over
+``align`` only what went through f_g or a trained tower is embedded again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Waiting, Workspace, export_folder
+from gmail_cli.artifacts import (
+    Artifact,
+    Checkpoints,
+    Slot,
+    StageKey,
+    Waiting,
+    Workspace,
+    digest_of,
+    digest_of_each,
+    export_folder,
+)
 from gmail_cli.components import prompts
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.metrics.gap import evenly_spaced
@@ -85,7 +97,7 @@ def run(
     with workspace.open(_key(profile, test, _digests(there))) as slot:
         if slot.done:
             return slot.artifact
-        return _make(profile, slot, test, there, progress=progress)
+        return _make(profile, workspace, slot, test, there, progress=progress)
 
 
 def run_part(
@@ -123,7 +135,7 @@ def run_part(
     with workspace.open(_key(profile, test, _digests(there)), shared=True) as slot:
         if slot.done:
             return slot.artifact
-        jobs = [_Job(each, slot, profile) for each in _sets(profile, test, there)]
+        jobs = _jobs(profile, workspace, slot, test, there)
         every = [(job, shard) for job in jobs for shard in job.shards]
         own = [pair for pair in every[number - 1 :: parts] if not pair[0].has(pair[1])]
         total, done = sum(len(shard) for _, shard in own), 0
@@ -261,6 +273,8 @@ class _Set:
         row: What is known of row i; its ``text`` is embedded unless there are images.
         clip: Gives the encoder.
         space: Digest of the joint space the vectors live in.
+        encoder: Digest of the encoder.
+        content: What each row is embedded from: SHA-256 of the image's bytes, or the text.
         image_bytes: Encoded bytes of image i, for a table of images.
         flow: As in the table's header.
     """
@@ -270,21 +284,45 @@ class _Set:
     row: Callable[[int], Mapping[str, Any]]
     clip: Callable[[], Clip]
     space: str
+    encoder: str
+    content: Callable[[], Iterable[str | None]]
     image_bytes: Callable[[int], bytes] | None = None
     flow: Flow = "text"
 
 
 class _Job:
-    """One table on its way: shards in the slot's scratch folder, then the table."""
+    """One table on its way: shards in the slot's scratch folder, then the table; or a copy of one in ``earlier``.
 
-    def __init__(self, wanted: _Set, slot: Slot, profile: Profile) -> None:
+    Attributes:
+        key: Equal for tables with equal vectors.
+        found: The artifact and the name of the table that it is copied from.
+    """
+
+    def __init__(self, wanted: _Set, slot: Slot, profile: Profile, earlier: Sequence[Artifact]) -> None:
         self.wanted, self._slot, self._profile = wanted, slot, profile
         rows = profile.embed.shard_rows
+        how = settings(profile.embed)
+        arithmetic = {name: how[name] for name in ("precision", "batch_size", "shard_rows", "dtype")}
+        about = {
+            "images": wanted.image_bytes is not None,
+            "content": digest_of_each(wanted.content()),
+            "encoder": wanted.encoder,
+        }
+        self.key = digest_of({**about, **arithmetic})
+        self.found = next(
+            (
+                (artifact, name)
+                for artifact in earlier
+                for name, key in artifact.summary.get("table_keys", {}).items()
+                if key == self.key
+            ),
+            None,
+        )
         self.shards = [range(start, min(start + rows, wanted.count)) for start in range(0, wanted.count, rows)]
 
     def has(self, shard: range) -> bool:
         """Whether a shard (or the table) is done."""
-        return self.merged or self._shard(shard).exists()
+        return self.merged or self.found is not None or self._shard(shard).exists()
 
     @property
     def merged(self) -> bool:
@@ -328,6 +366,8 @@ class _Job:
 
     def merge(self) -> None:
         """Lay the shards one after another: the table's folder, its header last."""
+        import numpy as np
+
         from gmail_cli.components.tables import Header
 
         wanted, slot, dtype = self.wanted, self._slot, self._profile.embed.dtype
@@ -335,6 +375,15 @@ class _Job:
         cut: list[np.ndarray] = []
 
         def blocks() -> Iterator[np.ndarray]:
+            if self.found is not None:
+                folder = self.found[0].folder(self.found[1])
+                vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+                with (folder / "rows.jsonl").open("rb") as lines:
+                    for shard in self.shards:
+                        if texts:
+                            cut.append(np.array([json.loads(next(lines))["truncated"] for _ in shard], dtype=bool))
+                        yield np.asarray(vectors[shard.start : shard.stop])
+                return
             for shard in self.shards:
                 tensors = self._shard(shard).load()
                 if tensors is None:
@@ -378,15 +427,30 @@ class _Job:
         return self._slot.checkpoints(f"shards/{self.wanted.name}/{shard.start:012d}")
 
 
+def _jobs(
+    profile: Profile, workspace: Workspace, slot: Slot, test: Dataset, inputs: Mapping[str, Artifact]
+) -> list[_Job]:
+    earlier = [each for each in workspace.artifacts() if each.stage == "embed"]
+    return [_Job(each, slot, profile, earlier) for each in _sets(profile, test, inputs)]
+
+
 def _make(
-    profile: Profile, slot: Slot, test: Dataset, inputs: Mapping[str, Artifact], *, progress: Progress | None
+    profile: Profile,
+    workspace: Workspace,
+    slot: Slot,
+    test: Dataset,
+    inputs: Mapping[str, Artifact],
+    *,
+    progress: Progress | None,
 ) -> Artifact:
     from gmail_cli.components.encoders import describe_device, pick_device
 
-    jobs = [_Job(each, slot, profile) for each in _sets(profile, test, inputs)]
+    jobs = _jobs(profile, workspace, slot, test, inputs)
     total, done = sum(job.wanted.count for job in jobs), 0
     for job in jobs:
         if not job.merged:
+            if job.found is not None and workspace.tell:
+                workspace.tell(f"reusing {job.wanted.name} of {job.found[0].stage}/{job.found[0].path.name}")
             missing = [shard for shard in job.shards if not job.has(shard)]
             there = job.wanted.count - sum(map(len, missing))
             job.fill(missing, progress=_shifted(progress, done + there, total))
@@ -398,6 +462,7 @@ def _make(
         summary={
             "origins": sources.origins(profile),
             "tables": {job.wanted.name: job.wanted.count for job in jobs},
+            "table_keys": {job.wanted.name: job.key for job in jobs},
             "truncated_share": {
                 job.wanted.name: job.truncated_share() for job in jobs if job.wanted.image_bytes is None
             },
@@ -432,11 +497,12 @@ class _Plan:
     def sets(self) -> Iterator[_Set]:
         """The tables, those of one model after another."""
         space, embed = self._space(), self.profile.embed
-        through: dict[str, Any] = {"clip": self._original, "flow": "real"}
+        through: dict[str, Any] = {"clip": self._original, "encoder": space, "flow": "real"}
         if embed.flow == "generated" or embed.real_encoder == "tuned":
-            through = {"clip": self._aligned, "flow": "generated"}
+            through = {"clip": self._aligned, "encoder": self._aligned_digest(), "flow": "generated"}
         yield from self._images("", space=space, **through)
-        yield from self._texts("", clip=self._original, space=space)
+        if self._original().reads_texts:
+            yield from self._texts("", clip=self._original, encoder=space, space=space)
         if "generated" in self.inputs and self.profile.embed.gap_count:
             yield from self._gap(space)
         if "train" in self.inputs:
@@ -456,6 +522,11 @@ class _Plan:
     def _aligned(self) -> Clip:
         return self._clip(str(self.inputs["aligned"].folder("clip")), name=f"{self.profile.model.clip} aligned")
 
+    def _aligned_digest(self) -> str:
+        from gmail_cli.components.encoders import model_digest
+
+        return model_digest(self.inputs["aligned"].folder("clip"))
+
     def _clip(self, ref: str, *, name: str, revision: str = "") -> Clip:
         """A model; only the last one is held."""
         import dataclasses
@@ -470,43 +541,52 @@ class _Plan:
             self._loaded = ref, dataclasses.replace(clip, name=name)
         return self._loaded[1]
 
-    def _images(self, suffix: str, *, clip: Callable[[], Clip], space: str, flow: Flow = "real") -> Iterator[_Set]:
+    def _images(
+        self, suffix: str, *, clip: Callable[[], Clip], encoder: str, space: str, flow: Flow = "real"
+    ) -> Iterator[_Set]:
         """The test images, and the labelled training images, through one encoder."""
-        through = partial(_Set, clip=clip, space=space, flow=flow)
+        through = partial(_Set, clip=clip, encoder=encoder, space=space, flow=flow)
         if self.test.has_images:
             yield through(name=f"test-images{suffix}", **_images_of(self.test, range(len(self.test))))
         if self._train is not None:
             yield through(name=f"train-images{suffix}", **_images_of(*self._train))
 
-    def _texts(self, suffix: str, *, clip: Callable[[], Clip], space: str) -> Iterator[_Set]:
-        captions = self.test.captions
+    def _texts(self, suffix: str, *, clip: Callable[[], Clip], encoder: str, space: str) -> Iterator[_Set]:
+        captions, texts = self.test.captions, partial(_Set, clip=clip, encoder=encoder, space=space)
 
         def row(at: int) -> Mapping[str, Any]:
             each = captions[at]
             return {"id": each.id, "owner": each.owner, "text": each.text, "kind": each.kind}
 
+        def said() -> Iterator[str]:
+            return (each.text for each in captions)
+
         if captions:
-            yield _Set(name=f"test-texts{suffix}", count=len(captions), row=row, clip=clip, space=space)
+            yield texts(name=f"test-texts{suffix}", count=len(captions), row=row, content=said)
         classes = prompts.rows(self.test, self.profile.embed.templates)
+
+        def prompted() -> Iterator[str]:
+            return (str(each["text"]) for each in classes)
+
         if classes:
-            yield _Set(
-                name=f"test-classes{suffix}", count=len(classes), row=classes.__getitem__, clip=clip, space=space
-            )
+            name, row_of = f"test-classes{suffix}", classes.__getitem__
+            yield texts(name=name, count=len(classes), row=row_of, content=prompted)
 
     def _cell(self, row: Mapping[str, Any], *, shared: str) -> Iterator[_Set]:
         from gmail_cli.components.encoders import model_digest
 
         folder = self.inputs["train"].folder(f"{row['folder']}/clip")
         own = row["image_encoder"] == "own"
-        space = model_digest(folder) if own else shared
+        encoder = model_digest(folder)
+        space = encoder if own else shared
         suffix, name = f"@{row['folder']}", str(row["name"])
 
         def clip() -> Clip:
             return self._clip(str(folder), name=name)
 
         if own:
-            yield from self._images(suffix, clip=clip, space=space)
-        yield from self._texts(suffix, clip=clip, space=space)
+            yield from self._images(suffix, clip=clip, encoder=encoder, space=space)
+        yield from self._texts(suffix, clip=clip, encoder=encoder, space=space)
 
     def _gap(self, space: str) -> Iterator[_Set]:
         from gmail_cli.components.images import GeneratedSet
@@ -537,13 +617,36 @@ class _Plan:
         def drawn_bytes(row: int) -> bytes:
             return generated.image_bytes(here[row])
 
-        gap = partial(_Set, count=len(pairs), space=space)
-        yield gap(name="gap-real", row=real.__getitem__, clip=self._original, image_bytes=partner_bytes, flow="real")
-        flows: list[tuple[str, Callable[[], Clip], Flow]] = [("gap-generated-naive", self._original, "real")]
+        def photographs(name: str) -> _Set:
+            return _Set(
+                name=name,
+                count=len(pairs),
+                row=real.__getitem__,
+                clip=self._original,
+                space=space,
+                encoder=space,
+                content=lambda: (partners.image_identities[row] for row in there),
+                image_bytes=partner_bytes,
+                flow="real",
+            )
+
+        def images(name: str, clip: Callable[[], Clip], encoder: str, flow: Flow) -> _Set:
+            return _Set(
+                name=name,
+                count=len(pairs),
+                row=drawn.__getitem__,
+                clip=clip,
+                space=space,
+                encoder=encoder,
+                content=lambda: (generated.rows[row].sha256 for row in here),
+                image_bytes=drawn_bytes,
+                flow=flow,
+            )
+
+        yield photographs("gap-real")
+        yield images("gap-generated-naive", self._original, space, "real")
         if "aligned" in self.inputs:
-            flows.append(("gap-generated-aligned", self._aligned, "generated"))
-        for name, clip, flow in flows:
-            yield gap(name=name, row=drawn.__getitem__, clip=clip, image_bytes=drawn_bytes, flow=flow)
+            yield images("gap-generated-aligned", self._aligned, self._aligned_digest(), "generated")
 
 
 def _images_of(dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
@@ -553,7 +656,12 @@ def _images_of(dataset: Dataset, rows: Sequence[int]) -> dict[str, Any]:
         image = dataset.images[rows[at]]
         return {"id": image.id, "label": image.label}
 
-    return {"count": len(rows), "row": row, "image_bytes": lambda at: dataset.image_bytes(rows[at])}
+    return {
+        "count": len(rows),
+        "row": row,
+        "content": lambda: (dataset.image_identities[at] for at in rows),
+        "image_bytes": lambda at: dataset.image_bytes(rows[at]),
+    }
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,13 +17,15 @@ from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, folder_dige
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, settings
 from gmail_cli.shipped import profile_folder
+from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
+from gmail_cli.stages.features import Features
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from gmail_cli.components.arms import Arm, Material
+    from gmail_cli.components.arms import Arm, Material, ViewName
     from gmail_cli.components.captions import Dataset
     from gmail_cli.components.loop import Job, Loss, Recipe
 
@@ -31,11 +33,14 @@ CELLS = "cells.json"
 RECORD = "cell.json"
 METRICS = "metrics.jsonl"
 CHUNK = 2048
-"""Images embedded or decoded between two points to resume from."""
+"""Images decoded between two points to resume from."""
+READ_FEATURES = frozenset({"clip-text", "long-clip", "clipcap", "linear-probe"})
+"""Tasks that train on embeddings."""
 WHOLE_SHARE = 0.75
 """Share of the steps after which ``clip`` sees all patches, where it drops some before."""
 
 Progress = Callable[[int, int], None]
+Track = Callable[[str, Sequence[Mapping[str, float]]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,8 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
                 hint=f"Run `gmail {needed}` first, or leave the arm out with --set train.arms=...",
             )
     chosen = settings(train)
+    if not train.shots:
+        del chosen["shots"]
     inputs = {"data": _read(profile).fingerprint}
     if generated:
         inputs["generated"] = generated
@@ -156,6 +163,21 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
     return StageKey(stage="train", settings=chosen, inputs=inputs, models=models, seed=profile.seed)
 
 
+def features(profile: Profile, *, generated: Artifact | None = None, aligned: Artifact | None = None) -> list[Features]:
+    """What `run` reads of f_r and f_g: their embeddings of the images that the arms of its cells show."""
+    import torch
+
+    from gmail_cli.components.arms import SHOWN
+
+    material = _material(profile, None, None, device=torch.device("cpu"), generated=generated, aligned=aligned)
+    views: dict[ViewName, None] = {}
+    for cell in cells(profile):
+        if cell.task in READ_FEATURES and cell.arm != "none":
+            shown = SHOWN[cell.arm]
+            views |= dict.fromkeys((*shown, "real") if cell.dual_projection else shown)
+    return [_features(profile, view, material.identities(view), aligned=aligned) for view in views]
+
+
 def run(
     profile: Profile,
     workspace: Workspace,
@@ -163,6 +185,7 @@ def run(
     generated: Artifact | None = None,
     aligned: Artifact | None = None,
     progress: Progress | None = None,
+    track: Track | None = None,
 ) -> Artifact:
     """Train (or find) every cell a profile asks for.
 
@@ -173,6 +196,7 @@ def run(
             its images were drawn from.
         aligned: An align artifact (f_g); needed by ``generated-aligned`` and ``mixed``.
         progress: Called with (steps done, steps of all cells).
+        track: Called with a cell's name and its loss curve so far.
 
     Returns:
         The artifact: ``cells.json`` (a row per cell: name, task, arm, seed, dual_projection, folder, image_encoder,
@@ -193,14 +217,14 @@ def run(
         if slot.done:
             return slot.artifact
         device = _device(profile)
-        material = _material(profile, slot, device=device, generated=generated, aligned=aligned)
+        material = _material(profile, workspace, slot, device=device, generated=generated, aligned=aligned)
         inputs = Inputs(profile=profile, material=material, device=device, scratch=slot.scratch)
         total = sum(_steps(cell, profile) for cell in wanted)
         rows: list[dict[str, Any]] = []
         for cell in wanted:
             done = sum(row["steps"] for row in rows)
             report = (lambda step, _, done=done: progress(done + step, total)) if progress else None
-            rows.append(_train(cell, inputs, slot, progress=report))
+            rows.append(_train(cell, inputs, slot, progress=report, track=track))
         slot.write_json(CELLS, rows)
         summary = {"cells": len(rows), "captions": len(inputs.material.pairs), "steps": profile.train.steps}
         return slot.commit(
@@ -212,7 +236,7 @@ def _steps(cell: Cell, profile: Profile) -> int:
     return 0 if cell.arm == "none" else profile.train.steps
 
 
-def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None) -> dict[str, Any]:
+def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None, track: Track | None) -> dict[str, Any]:
     """Train one cell, or take it from an interrupted run; returns its row of ``cells.json``."""
     from gmail_cli.components.loop import fit, trained_parameters
 
@@ -232,6 +256,7 @@ def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None)
             recipe=_recipe(cell, profile),
             checkpoints=checkpoints,
             checkpoint_seconds=profile.runtime.checkpoint_seconds,
+            log=functools.partial(track, cell.name) if track else None,
             progress=progress,
         )
     slot.write_folder(cell.name, job.export)
@@ -307,15 +332,34 @@ def _device(profile: Profile) -> torch.device:
 
 
 def _material(
-    profile: Profile, slot: Slot, *, device: torch.device, generated: Artifact | None, aligned: Artifact | None
+    profile: Profile,
+    workspace: Workspace | None,
+    slot: Slot | None,
+    *,
+    device: torch.device,
+    generated: Artifact | None,
+    aligned: Artifact | None,
 ) -> Material:
+    """What is trained on; without a workspace and a slot only to ask which images it has."""
     from gmail_cli.components.arms import Material
-    from gmail_cli.components.encoders import Clip, load_clip
+    from gmail_cli.components.encoders import Clip, describe_device, load_clip
     from gmail_cli.components.images import GeneratedSet
 
     def f_g() -> Clip:
         assert aligned is not None, "plan_key has checked it"
         return load_clip(aligned.folder("clip"), device=device)
+
+    def kept_features(view: ViewName, identities: Sequence[str], embed: frozen.Embed) -> np.ndarray:
+        assert workspace is not None
+        assert slot is not None
+        wanted = _features(profile, view, identities, aligned=aligned)
+        return frozen.load(wanted, workspace, slot, embed=embed, device=describe_device(device))
+
+    def kept_pixels(
+        name: str, shape: tuple[int, ...], dtype: str, fill: Callable[[int, int], np.ndarray]
+    ) -> np.ndarray:
+        assert slot is not None
+        return _cached(slot, name, shape, dtype, fill)
 
     return Material(
         _read(profile),
@@ -326,8 +370,21 @@ def _material(
         mix_ratio=profile.train.mix_ratio,
         device=device,
         workers=profile.runtime.workers,
-        cache=functools.partial(_cached, slot),
+        cache=kept_pixels,
+        features=kept_features,
     )
+
+
+def _features(profile: Profile, view: ViewName, images: Sequence[str], *, aligned: Artifact | None) -> Features:
+    from gmail_cli.components.encoders import model_digest
+
+    name, what = profile.model.clip, "real images" if view == "real" else "generated images"
+    if view != "aligned":
+        digest = model_digest(name, revision=profile.model.revision)
+    else:
+        assert aligned is not None, "plan_key has checked it"
+        name, digest = f"f_g of align/{aligned.digest[:12]}", model_digest(aligned.folder("clip"))
+    return Features(images=tuple(images), what=what, encoder=name, encoder_digest=digest)
 
 
 def _cached(
@@ -474,8 +531,8 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
 
 def _linear_probe(inputs: Inputs, cell: Cell) -> Job:
     from gmail_cli.components.heads import Probe, save_head
-    from gmail_cli.components.loop import Job
-    from gmail_cli.components.tasks import probe_job, zero_shot_probe
+    from gmail_cli.components.loop import Job, batch_indices, seed_from
+    from gmail_cli.components.tasks import few_shots, probe_job, zero_shot_probe
 
     if cell.arm == "none":
         zero_shot = zero_shot_probe(inputs.material.clip, inputs.material.pairs)
@@ -489,7 +546,15 @@ def _linear_probe(inputs: Inputs, cell: Cell) -> Job:
         inputs.device
     )
     meeting = inputs.material.meeting(cell.arm) if cell.dual_projection else None
-    return probe_job(probe, inputs.material.pairs, inputs.material.embedded(cell.arm), meeting=meeting)
+    pairs, train, rows = inputs.material.pairs, inputs.profile.train, None
+    if train.shots:
+        few = few_shots(pairs, train.shots, seed=seed_from("shots", inputs.profile.seed, cell.seed))
+        seed = _recipe(cell, inputs.profile).seed
+
+        def rows(step: int) -> np.ndarray:
+            return few[batch_indices(len(few), train.batch_size, seed=seed, step=step)]
+
+    return probe_job(probe, pairs, inputs.material.embedded(cell.arm), meeting=meeting, rows=rows)
 
 
 def _autoencoder(inputs: Inputs, cell: Cell) -> Job:
