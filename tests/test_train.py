@@ -350,6 +350,7 @@ def test_a_class_loss_needs_classes(world: World, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"tasks": ["clipcap"], "arms": ["none"]}, "clipcap can be trained on none of them"),
+        ({"tasks": ["clip-text"], "arms": ["texts"]}, "clip-text can be trained on none of them"),
         ({"tasks": ["clip"], "arms": ["real", "generated-aligned"]}, "can be trained on 'generated-aligned'"),
         ({"tasks": ["clip-text"], "dual_projection": "on"}, "applies to none of the tasks"),
         ({"tasks": ["clipcap"], "arms": ["real"], "lm": "owner/name"}, "needs train.lm_revision"),

@@ -18,18 +18,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gmail_cli.components.captions import Dataset, Kind
-from gmail_cli.components.encoders import Clip, embed_images
+from gmail_cli.components.encoders import Clip, embed_images, embed_texts, patch_tokens
 from gmail_cli.components.images import GeneratedSet, Preprocess, batches
 from gmail_cli.components.pairs import Candidates, Pairs, pair
 from gmail_cli.errors import InputError
 
-ArmName: TypeAlias = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
-ViewName: TypeAlias = Literal["real", "naive", "aligned"]
+ArmName: TypeAlias = Literal["none", "texts", "real", "generated-naive", "generated-aligned", "mixed"]
+ViewName: TypeAlias = Literal["texts", "real", "naive", "aligned"]
 Fill: TypeAlias = Callable[[int, int], np.ndarray]
 Cache: TypeAlias = Callable[[str, tuple[int, ...], str, Fill], np.ndarray]
 """``cache(name, shape, dtype, fill)``: the array that ``fill(start, stop)`` gives row by row, computed once."""
 
 _SHOWN: dict[ArmName, tuple[ViewName, ...]] = {
+    "texts": ("texts",),
     "real": ("real",),
     "generated-naive": ("naive",),
     "generated-aligned": ("aligned",),
@@ -59,10 +60,12 @@ class Arm:
     Attributes:
         views: One or two views.
         share: Probability of the first view, where there are two.
+        noise: Standard deviation of Gaussian noise that is added to every component of what is drawn.
     """
 
     views: tuple[View, ...]
     share: float = 1.0
+    noise: float = 0.0
 
     def draw(self, rows: Int[Tensor, " batch"]) -> tuple[Tensor, Bool[Tensor, " batch"]]:
         """An image (or embedding) for each caption of a batch, and whether it is of the real flow."""
@@ -76,6 +79,8 @@ class Arm:
             mask = chosen.to(values.device).view(-1, *[1] * (values.ndim - 1))
             values = torch.where(mask, others, values)
             real = torch.where(chosen, first.real, real)
+        if self.noise:
+            values = values + self.noise * torch.randn(values.shape).to(values.device)
         return values, real
 
     @property
@@ -157,12 +162,16 @@ class Material:
         return clip
 
     def embedded(self, arm: ArmName) -> Arm:
-        """Embeddings of the images that an arm shows."""
+        """Embeddings of the images that an arm shows; of the captions themselves for ``texts``."""
         return Arm(tuple(self._embeddings(view) for view in _SHOWN[arm]), share=self._mix_ratio)
 
+    def patches(self, arm: ArmName, *, grid: int) -> Arm:
+        """Patch tokens of the images that an arm shows: half precision (images, tokens, width), kept on disk."""
+        return Arm(tuple(self._patches(view, grid) for view in _SHOWN[arm]), share=self._mix_ratio)
+
     def meeting(self, arm: ArmName) -> Meeting | None:
-        """Real and generated embeddings of the same captions, for the arms without real images."""
-        if "real" in _SHOWN[arm]:
+        """Real and generated embeddings of the same captions, for the arms of generated images alone."""
+        if {"real", "texts"} & set(_SHOWN[arm]):
             return None
         return Meeting.of(self._embeddings("real"), self._embeddings(_SHOWN[arm][0]), self.pairs)
 
@@ -173,6 +182,9 @@ class Material:
 
     def _embeddings(self, view: ViewName) -> View:
         if view not in self._views:
+            if view == "texts":
+                self._views[view] = self._texts()
+                return self._views[view]
             clip = self.aligned_clip if view == "aligned" else self.clip
             image_bytes, rows, candidates = self._shown(real=view == "real")
 
@@ -182,6 +194,35 @@ class Material:
             values = torch.from_numpy(self._cache(f"embeddings-{view}", (len(rows), clip.dim), "float32", fill))
             self._views[view] = View(values.to(self.device), candidates, real=view == "real")
         return self._views[view]
+
+    def _texts(self) -> View:
+        """Each different caption through the text tower, in the place of a real image."""
+        numbers = self.pairs.text_ids.tolist()
+        texts = list(dict.fromkeys(self.pairs.texts))
+
+        def fill(start: int, stop: int) -> np.ndarray:
+            return embed_texts(self.clip, texts[start:stop])[0]
+
+        values = torch.from_numpy(self._cache("embeddings-texts", (len(texts), self.clip.dim), "float32", fill))
+        rows = [[row] for row in range(len(texts))]
+        return View(values.to(self.device), Candidates.of(rows[number] for number in numbers), real=True)
+
+    def _patches(self, view: ViewName, grid: int) -> View:
+        name = f"patches-{view}-{grid}"
+        if name not in self._views:
+            clip = self.aligned_clip if view == "aligned" else self.clip
+            image_bytes, rows, candidates = self._shown(real=view == "real")
+            size = clip.preprocess.size
+            shape = clip.encode_patches(np.zeros((1, 3, size, size), dtype=np.uint8), grid=grid).shape[1:]
+
+            def fill(start: int, stop: int) -> np.ndarray:
+                return patch_tokens(
+                    clip, lambda i: image_bytes(rows[start + i]), stop - start, grid=grid, workers=self._workers
+                )
+
+            values = torch.from_numpy(self._cache(name, (len(rows), *shape), "float16", fill))
+            self._views[name] = View(values, candidates, real=view == "real")
+        return self._views[name]
 
     def _pixels(self, preprocess: Preprocess, *, real: bool) -> View:
         plain = dataclasses.replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
