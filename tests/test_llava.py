@@ -114,6 +114,7 @@ def test_answers_alone_are_supervised(lm_folder: Path, template: str | None) -> 
     words, told = chat.caption("a red ball", limit=3)
     assert words[-3:] == told[-3:]
     assert words[-1] == tokenizer.eos_token_id
+    assert IMAGE_ID not in chat.caption("a red <image>", limit=20)[1]
     assert set(told[:-3]) == {IGNORED}
 
 
@@ -356,7 +357,7 @@ def test_every_arm_and_projection_is_trained_scored_and_shown(world: World) -> N
             "data": data,
             "model": {"clip": str(world.folder / "clip")},
             "embed": {"gap_count": 0},
-            "eval": {"caption_tokens": 8, "resamples": 100},
+            "eval": {"caption_tokens": 8, "resamples": 100, "meteor": "off"},
             "runtime": {"device": "cpu"},
         }
     )
@@ -395,7 +396,7 @@ def talk_file(folder: Path) -> Path:
         ("instruct_lr", 1e-4),
         ("lora_rank", 2),
         ("lora_alpha", 4.0),
-        ("conversation_tokens", 16),
+        ("conversation_tokens", 30),
         ("caption_tokens", 3),
         ("conversations", None),
     ],

@@ -28,7 +28,7 @@ from gmail_cli.components.pairs import pair
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, build
-from gmail_cli.stages import train
+from gmail_cli.stages import sources, train
 
 SELF = Path(__file__)
 SIDE, IMAGES = 32, 30
@@ -266,6 +266,24 @@ def test_captioners_with_and_without_dual_projection(world: World) -> None:
         written = generate_captions(load_captioner(artifact.folder(row["folder"])), features, max_tokens=12)
         assert len(written) == 4
         assert any(written)
+
+
+def test_a_captioner_trained_on_texts_alone(world: World) -> None:
+    options = {"tasks": ["clipcap"], "arms": ["texts"], "steps": 6}
+    profile = world.profile(**options)
+    alone = train.run(profile, world.workspace)  # neither images nor artifacts are read
+    assert alone.read_json("cells.json")[0]["captions"] == 5 * IMAGES
+    weights = "clipcap.texts.seed0/head.safetensors"
+    for name, value in {"text_noise": 0.2, "text_memory": 20, "dual_projection": "on"}.items():
+        other = train.run(world.profile(**options, **{name: value}), world.workspace)
+        assert other.files.get(weights) != alone.files[weights]
+        if name == "text_memory":
+            memory = load_captioner(other.folder("clipcap.texts.seed0")).memory
+            f_r = load_clip(world.folder / "clip")
+            texts = list(
+                dict.fromkeys(c.text for c in sources.read(sources.source(profile, part="train")).captions_of_kind())
+            )
+            torch.testing.assert_close(memory, f_r.encode_texts(texts[:20]))
 
 
 def test_probes_know_classes_on_real_images(world: World) -> None:

@@ -104,7 +104,7 @@ def _conversation(record: Any, number: int) -> Conversation | str:
     if any(IMAGE in text for text in texts[1::2]):
         return f"{IMAGE} in an answer"
     if image is not None and not mentioned:
-        texts[0] = f"{IMAGE}\n{texts[0]}"
+        texts[0] = shown(texts[0])
     return Conversation(id=str(record.get("id", number)), image=image, turns=tuple(texts))
 
 
@@ -113,6 +113,11 @@ def owner_of(image: str, *, known: Collection[str]) -> str | None:
     path = PurePosixPath(image)
     number = path.stem.rpartition("_")[2].lstrip("0")
     return next((name for name in (image, path.name, path.stem, number) if name in known), None)
+
+
+def shown(question: str) -> str:
+    """A question with the image in it: before it, unless it says where."""
+    return question if IMAGE in question else f"{IMAGE}\n{question}"
 
 
 class Chat:
@@ -143,7 +148,7 @@ class Chat:
 
     def caption(self, text: str, *, limit: int) -> tuple[list[int], list[int]]:
         """Ids and labels of an image followed by its caption (LLaVA's first stage), of at most ``limit`` tokens."""
-        words = [*self._ids(text)[: limit - 1], self.end]
+        words = [*self._words(text)[: limit - 1], self.end]
         shown = self.image()
         return self._cut([*shown, *words], [IGNORED] * len(shown) + words, what=f"caption {text[:60]!r}")
 
@@ -162,7 +167,7 @@ class Chat:
         ids = [int(self.tokenizer.bos_token_id)] if plain else []
         labels = [IGNORED] * len(ids)
         for text, supervised in self._segments(turns):
-            added = self._ids(text)
+            added = self._words(text) if supervised else self._ids(text)
             if supervised and added[-1:] != [self.end]:
                 added.append(self.end)
             ids += added
@@ -179,11 +184,13 @@ class Chat:
         return ids, labels
 
     def _ids(self, text: str) -> list[int]:
+        """Token ids of text with an image in it, or none."""
         before, image, after = text.partition(IMAGE)
-        ids: list[int] = self.tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
-        if image:
-            ids = [*ids, *[IMAGE_ID] * self.image_tokens, *(self._ids(after) if after else [])]
-        return list(ids)
+        return [*self._words(before), *[IMAGE_ID] * (self.image_tokens * bool(image)), *self._words(after)]
+
+    def _words(self, text: str) -> list[int]:
+        """Token ids of text alone, whatever it says."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _segments(self, turns: Sequence[str]) -> list[tuple[str, bool]]:
         """The text in pieces, each supervised or not."""

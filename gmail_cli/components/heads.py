@@ -163,7 +163,7 @@ class Captioner(Head):
         mapping: Embedding -> ``prefix_length`` prefix embeddings.
         lm: transformers' causal language model.
         tokenizer: Its tokenizer.
-        memory: Text embeddings (see `remembered`) that stand between an image and the mapping at inference; None without.
+        memory: Text embeddings (see `remembered`) that an image is seen through at inference, or None.
     """
 
     memory: Float[Tensor, "texts dim"] | None = None

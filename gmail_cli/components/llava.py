@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gmail_cli.components.arms import Arm, Meeting, View
-from gmail_cli.components.conversations import IGNORED, IMAGE_ID, Chat, Conversation, owner_of, refuse
+from gmail_cli.components.conversations import IGNORED, IMAGE_ID, Chat, Conversation, owner_of, refuse, shown
 from gmail_cli.components.heads import load_lm, ridge_to
 from gmail_cli.components.loop import Job, Recipe, batch_indices, seed_from
 from gmail_cli.components.pairs import Pairs
@@ -259,7 +259,7 @@ def llava_job(
     of_record: dict[str, list[int]] = {}
     for row, record in enumerate(pairs.records):
         of_record.setdefault(record, []).append(row)
-    shown = [None if each.image is None else of_record[each.image] for each in conversations]
+    seen_with = [None if each.image is None else of_record[each.image] for each in conversations]
     _train_projectors(model, arm)
 
     def rows(step: int) -> np.ndarray:
@@ -273,7 +273,7 @@ def llava_job(
         ids, labels, lengths = stages[0 if first else -1].batch(chosen)
         captions = indices
         if not first:
-            choices = [shown[row] for row in chosen]
+            choices = [seen_with[row] for row in chosen]
             draws = torch.rand(len(choices), dtype=torch.float64).tolist()
             captions = torch.tensor(
                 [found[int(draw * len(found))] for found, draw in zip(choices, draws, strict=True) if found],
@@ -353,7 +353,7 @@ def covered(
 def captions_as_conversations(pairs: Pairs, *, prompt: str) -> tuple[Conversation, ...]:
     """For each caption the conversation in which it answers ``prompt``."""
     return tuple(
-        Conversation(id=text[:60], image=record, turns=(f"<image>\n{prompt}", text))
+        Conversation(id=text[:60], image=record, turns=(shown(prompt), text))
         for text, record in zip(pairs.texts, pairs.records, strict=True)
     )
 
@@ -416,7 +416,7 @@ def caption_prompt(model: Llava) -> list[int]:
     chat = model.chat(limit=model.context)
     if not model.about["instructed"]:
         return chat.image()
-    return chat.question([f"<image>\n{model.about['prompt']}"])
+    return chat.question([shown(model.about["prompt"])])
 
 
 # -- files -------------------------------------------------------------------------------------------------------
