@@ -240,6 +240,7 @@ class Captioner(Head):
             "tune_lm": self.tune_lm,
             "lm": LM_FOLDER if self.tune_lm else self.lm_name,
             "dual": self.projection is not None,
+            **({"scale": self.scale} if self.tune_lm else {}),  # that of the embeddings before they were trained
         }
 
 
@@ -323,6 +324,7 @@ def load_captioner(folder: Path) -> Captioner:
         tune_lm=config["tune_lm"],
         dual=config["dual"],
     )
+    captioner.scale = config.get("scale", captioner.scale)
     _load_weights(captioner, folder)
     return captioner.eval()
 

@@ -48,7 +48,8 @@ class Projector(nn.Module):
 
     def __init__(self, dim: int, width: int, *, scale: float) -> None:
         super().__init__()
-        self.first, self.last, self.scale = nn.Linear(dim, width), nn.Linear(width, width), scale
+        self.first, self.last = nn.Linear(dim, width), nn.Linear(width, width)
+        self.register_buffer("scale", torch.tensor(scale))
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens width"]:
         return self.last(functional.gelu(self.first(tokens))) * self.scale
