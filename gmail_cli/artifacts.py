@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 EXPORTED = "images.parquet"
 """The last file of an export."""
 MANIFEST_SCHEMA = "gmail.manifest/1"
-VERSIONS: Mapping[str, int] = {"generate": 2, "align": 4, "train": 1, "embed": 2, "index": 2, "eval": 3}
+VERSIONS: Mapping[str, int] = {"generate": 2, "align": 4, "train": 2, "embed": 2, "index": 2, "eval": 3}
 """The stages in order, each with its own version: raised when the same settings would give other bytes, or bytes that
 other stages read in another way."""
 STAGES = tuple(VERSIONS)
