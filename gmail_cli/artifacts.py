@@ -46,7 +46,7 @@ VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
     "generate": 2,
     "align": 4,
-    "train": 1,
+    "train": 2,
     "embed": 2,
     "index": 2,
     "eval": 3,

@@ -43,9 +43,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 TaskName = Literal[
-    "clip-text", "long-clip", "clip", "clipcap", "linear-probe", "autoencoder", "latent-diffusion", "causal-lm"
+    "clip-text",
+    "long-clip",
+    "clip",
+    "clipcap",
+    "llava",
+    "linear-probe",
+    "autoencoder",
+    "latent-diffusion",
+    "causal-lm",
 ]
-ArmName = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
+ArmName = Literal["none", "texts", "real", "generated-naive", "generated-aligned", "mixed"]
 IndexKind = Literal["auto", "flat", "hnsw", "ivf-flat", "ivf-sq8", "ivf-pq", "ivf-pq-fastscan", "ivf-opq", "ivf-rabitq"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
 
@@ -270,15 +278,16 @@ class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
 
     tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
-    """What to train: a text tower, one for long captions, a whole CLIP, a captioner, a class probe; or the parts of a
-    small generator."""
+    """What to train: a text tower, one for long captions, a whole CLIP, a captioner, a LLaVA-style model, a class
+    probe; or the parts of a small generator."""
     arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
         "none",
         "real",
         "generated-naive",
         "generated-aligned",
     )
-    """Images to train on: none; real through f_r; generated through f_r (naive) or f_g (aligned); real and aligned."""
+    """Images to train on: none; real through f_r; generated through f_r (naive) or f_g (aligned); real and aligned; or,
+    for `clipcap`, the captions' own text embeddings in place of images (`texts`)."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple), Field(min_length=1)] = (0,)
     """Seeds of initial weights and data order; one cell for each. Arm `none` has one cell, for the first seed."""
     kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
@@ -306,7 +315,8 @@ class Train(Section):
     mix_ratio: Fraction = 0.5
     """Arm `mixed`: probability that a caption is seen with its real image."""
     dual_projection: Literal["off", "on", "both"] = "off"
-    """A projection for each flow before the head (`clipcap`, `linear-probe`); `both` trains cells without and with."""
+    """A projection for each flow before the head (`clipcap`, `linear-probe`), or a projector for each (`llava`); `both`
+    trains cells without and with."""
     architecture: str = ""
     """`clip`: open_clip config to train from random weights: a JSON file (here, or a shipped one), or a name such as
     ViT-B-32; empty fine-tunes f_r."""
@@ -335,7 +345,7 @@ class Train(Section):
     autoencoder: str = "tiny"
     """`latent-diffusion`: autoencoder to draw with: `tiny` (shipped) or a folder in diffusers format."""
     lm: str = "tiny"
-    """`clipcap`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub id."""
+    """`clipcap`, `llava`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub id."""
     lm_revision: str = ""
     """Commit of a hub language model; required for one."""
     tune_lm: bool = False
@@ -347,7 +357,33 @@ class Train(Section):
     mapping: Literal["mlp", "transformer"] = "mlp"
     """`clipcap`: network from embedding to prefix."""
     caption_tokens: Annotated[int, Field(ge=2)] = 64
-    """`clipcap`: longer captions are cut."""
+    """`clipcap`, `llava`: longer captions are cut."""
+    text_noise: NonNegative = 0.05
+    """`clipcap` on arm `texts`: standard deviation of the Gaussian noise on every component of a unit text embedding
+    (CapDec)."""
+    text_memory: Limit = 0
+    """`clipcap` on arm `texts`: keep the embeddings of the first N different captions; an image is then seen as the
+    average of them, weighted by its similarity to each (DeCap). 0 sees the image as it is."""
+    visual: Literal["patches", "pooled"] = "patches"
+    """`llava`: what it sees of an image: patch tokens (a vision transformer's last layer but one, the last feature map
+    of other towers), or the embedding as the one token."""
+    visual_grid: Limit = 0
+    """`llava`: average the patches to so many rows and columns of tokens; 0 keeps them all."""
+    pretrain_share: Fraction = 0.3
+    """`llava`: share of the steps in which the projector alone learns from captions; in the others it learns from
+    conversations together with LoRA of the language model."""
+    conversations: str = ""
+    """`llava`: LLaVA's conversation JSON about the training images. Empty: each caption answers `prompt`."""
+    prompt: str = "Describe the image in one sentence."
+    """`llava`: what `gmail eval` asks for a caption with."""
+    conversation_tokens: Annotated[int, Field(ge=8)] = 2048
+    """`llava`: longer conversations are cut, image tokens included; no more than the language model reads."""
+    instruct_lr: NonNegative = 0.0
+    """`llava`: highest learning rate while it learns from conversations; 0 takes `lr`."""
+    lora_rank: Count = 16
+    """`llava`: rank of the update of the language model's linear layers."""
+    lora_alpha: Positive = 32.0
+    """`llava`: the update is scaled by `lora_alpha / lora_rank`."""
 
 
 class Embed(Section):

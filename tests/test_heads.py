@@ -175,6 +175,52 @@ def test_a_captioner_learns_its_captions(lm_folder: Path, tmp_path: Path, *, map
         assert not (tmp_path / "lm").exists()
 
 
+COLOURS, THINGS = ("red", "blue", "green", "white", "black", "pink"), ("ball", "cube", "tree", "house")
+
+
+def test_a_captioner_of_texts_reads_images_through_its_memory(tmp_path: Path) -> None:
+    """Texts of two words each, and images that lie beside them, a constant step away, as CLIP's modalities do."""
+    texts = tuple(f"a {colour} {thing}" for colour in COLOURS for thing in THINGS)
+    drawn = torch.Generator().manual_seed(0)
+    parts = [functional.normalize(torch.randn(count, 16, generator=drawn), dim=-1) for count in (6, 4, 1)]
+    embedded = functional.normalize((parts[0][:, None] + parts[1][None]).flatten(0, 1), dim=-1)
+    noise = 0.08 * torch.randn(96, 16, generator=drawn)
+    images = functional.normalize(embedded.repeat(4, 1) + 0.5 * parts[2] + noise, dim=-1)
+    tokenizer = train_tokenizer(texts, entries=560)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=32, n_head=2, n_positions=48, **ends, **drops)
+    )
+    captioner = Captioner(16, lm=lm.eval(), tokenizer=tokenizer, lm_name="mini", prefix_length=4, tune_lm=True)
+    pairs = pairs_of(texts, labels=(-1,) * 24, names=())
+    assert pairs.real is not None
+    arm = Arm((View(embedded, pairs.real, real=True),))
+    job = clipcap_job(captioner, pairs, arm, meeting=None, caption_tokens=16)
+    fit(captioner, loss=job.loss, rows=job.rows, recipe=Recipe(steps=150, batch_size=24, lr=5e-3))
+
+    def right(model: Captioner) -> float:
+        written = generate_captions(model, images, max_tokens=8)
+        return sum(a == b for a, b in zip(written, texts * 4, strict=True)) / len(images)
+
+    alone = right(captioner)
+    captioner.memory = embedded
+    assert right(captioner) > alone + 0.2
+    job.export(tmp_path)
+    assert right(load_captioner(tmp_path)) == right(captioner)
+
+
+def test_noise_is_added_to_what_an_arm_draws() -> None:
+    rows = Candidates.of([[row] for row in range(50)])
+    arms = [Arm((View(torch.zeros(50, 400), rows, real=True),), noise=noise) for noise in (0.0, 0.3)]
+    torch.manual_seed(0)
+    clean, noisy = (arm.draw(torch.arange(50))[0] for arm in arms)
+    assert not clean.any()
+    assert noisy.std().item() == pytest.approx(0.3, rel=0.02)
+    assert not torch.equal(noisy, arms[1].draw(torch.arange(50))[0])
+
+
 def test_only_caption_tokens_are_supervised(lm_folder: Path) -> None:
     lm, tokenizer = load_lm(lm_folder)
     captioner = Captioner(16, lm=lm, tokenizer=tokenizer, lm_name="mini", prefix_length=4)

@@ -29,7 +29,7 @@ from gmail_cli.components.tasks import few_shots
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, build
-from gmail_cli.stages import train
+from gmail_cli.stages import sources, train
 
 SELF = Path(__file__)
 SIDE, IMAGES = 32, 30
@@ -269,6 +269,24 @@ def test_captioners_with_and_without_dual_projection(world: World) -> None:
         assert any(written)
 
 
+def test_a_captioner_trained_on_texts_alone(world: World) -> None:
+    options = {"tasks": ["clipcap"], "arms": ["texts"], "steps": 6}
+    profile = world.profile(**options)
+    alone = train.run(profile, world.workspace)  # neither images nor artifacts are read
+    assert alone.read_json("cells.json")[0]["captions"] == 5 * IMAGES
+    weights = "clipcap.texts.seed0/head.safetensors"
+    for name, value in {"text_noise": 0.2, "text_memory": 20, "dual_projection": "on"}.items():
+        other = train.run(world.profile(**options, **{name: value}), world.workspace)
+        assert other.files.get(weights) != alone.files[weights]
+        if name == "text_memory":
+            memory = load_captioner(other.folder("clipcap.texts.seed0")).memory
+            f_r = load_clip(world.folder / "clip")
+            texts = list(
+                dict.fromkeys(c.text for c in sources.read(sources.source(profile, part="train")).captions_of_kind())
+            )
+            torch.testing.assert_close(memory, f_r.encode_texts(texts[:20]))
+
+
 def test_probes_know_classes_on_real_images(world: World) -> None:
     artifact = world.train(
         tasks=["linear-probe"], arms=["none", "real", "generated-aligned"], dual_projection="on", steps=80, lr=0.02
@@ -370,6 +388,7 @@ def test_a_class_loss_needs_classes(world: World, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"tasks": ["clipcap"], "arms": ["none"]}, "clipcap can be trained on none of them"),
+        ({"tasks": ["clip-text"], "arms": ["texts"]}, "clip-text can be trained on none of them"),
         ({"tasks": ["clip"], "arms": ["real", "generated-aligned"]}, "can be trained on 'generated-aligned'"),
         ({"tasks": ["clip-text"], "dual_projection": "on"}, "applies to none of the tasks"),
         ({"tasks": ["clipcap"], "arms": ["real"], "lm": "owner/name"}, "needs train.lm_revision"),

@@ -18,13 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gmail_cli.components.captions import Dataset, Kind
-from gmail_cli.components.encoders import Clip, embed_images
+from gmail_cli.components.encoders import Clip, embed_images, embed_texts, patch_tokens
 from gmail_cli.components.images import GeneratedSet, Preprocess, batches
 from gmail_cli.components.pairs import Candidates, Pairs, pair
 from gmail_cli.errors import InputError
 
-ArmName: TypeAlias = Literal["none", "real", "generated-naive", "generated-aligned", "mixed"]
-ViewName: TypeAlias = Literal["real", "naive", "aligned"]
+ArmName: TypeAlias = Literal["none", "texts", "real", "generated-naive", "generated-aligned", "mixed"]
+ViewName: TypeAlias = Literal["texts", "real", "naive", "aligned"]
 Fill: TypeAlias = Callable[[int, int], np.ndarray]
 Cache: TypeAlias = Callable[[str, tuple[int, ...], str, Fill], np.ndarray]
 """``cache(name, shape, dtype, fill)``: the array that ``fill(start, stop)`` gives row by row, computed once."""
@@ -33,6 +33,7 @@ Features: TypeAlias = Callable[[ViewName, Sequence[str], Fill], np.ndarray]
 wherever they were computed before."""
 
 SHOWN: dict[ArmName, tuple[ViewName, ...]] = {
+    "texts": ("texts",),
     "real": ("real",),
     "generated-naive": ("naive",),
     "generated-aligned": ("aligned",),
@@ -63,10 +64,12 @@ class Arm:
     Attributes:
         views: One or two views.
         share: Probability of the first view, where there are two.
+        noise: Standard deviation of Gaussian noise that is added to every component of what is drawn.
     """
 
     views: tuple[View, ...]
     share: float = 1.0
+    noise: float = 0.0
 
     def draw(self, rows: Int[Tensor, " batch"]) -> tuple[Tensor, Bool[Tensor, " batch"]]:
         """An image (or embedding) for each caption of a batch, and whether it is of the real flow."""
@@ -80,6 +83,8 @@ class Arm:
             mask = chosen.to(values.device).view(-1, *[1] * (values.ndim - 1))
             values = torch.where(mask, others, values)
             real = torch.where(chosen, first.real, real)
+        if self.noise:
+            values = values + self.noise * torch.randn(values.shape).to(values.device)
         return values, real
 
     @property
@@ -153,12 +158,16 @@ class Material:
         return self._f_g()
 
     def embedded(self, arm: ArmName) -> Arm:
-        """Embeddings of the images that an arm shows."""
+        """Embeddings of the images that an arm shows; of the captions themselves for ``texts``."""
         return Arm(tuple(self._embeddings(view) for view in SHOWN[arm]), share=self._mix_ratio)
 
+    def patches(self, arm: ArmName, *, grid: int) -> Arm:
+        """Patch tokens of the images that an arm shows: half precision (images, tokens, width), kept on disk."""
+        return Arm(tuple(self._patches(view, grid) for view in SHOWN[arm]), share=self._mix_ratio)
+
     def meeting(self, arm: ArmName) -> Meeting | None:
-        """Real and generated embeddings of the same captions, for the arms without real images."""
-        if "real" in SHOWN[arm]:
+        """Real and generated embeddings of the same captions, for the arms of generated images alone."""
+        if {"real", "texts"} & set(SHOWN[arm]):
             return None
         return Meeting.of(self._embeddings("real"), self._embeddings(SHOWN[arm][0]), self.pairs)
 
@@ -181,6 +190,9 @@ class Material:
 
     def _embeddings(self, view: ViewName) -> View:
         if view not in self._views:
+            if view == "texts":
+                self._views[view] = self._texts()
+                return self._views[view]
             image_bytes, rows, candidates = self._shown(real=view == "real")
 
             def fill(start: int, stop: int) -> np.ndarray:
@@ -195,6 +207,35 @@ class Material:
                 )
             self._views[view] = View(torch.from_numpy(values).to(self.device), candidates, real=view == "real")
         return self._views[view]
+
+    def _texts(self) -> View:
+        """Each different caption through the text tower, in the place of a real image."""
+        numbers = self.pairs.text_ids.tolist()
+        texts = list(dict.fromkeys(self.pairs.texts))
+
+        def fill(start: int, stop: int) -> np.ndarray:
+            return embed_texts(self.clip, texts[start:stop])[0]
+
+        values = torch.from_numpy(self._cache("embeddings-texts", (len(texts), self.clip.dim), "float32", fill))
+        rows = [[row] for row in range(len(texts))]
+        return View(values.to(self.device), Candidates.of(rows[number] for number in numbers), real=True)
+
+    def _patches(self, view: ViewName, grid: int) -> View:
+        name = f"patches-{view}-{grid}"
+        if name not in self._views:
+            clip = self.aligned_clip if view == "aligned" else self.clip
+            image_bytes, rows, candidates = self._shown(real=view == "real")
+            size = clip.preprocess.size
+            shape = clip.encode_patches(np.zeros((1, 3, size, size), dtype=np.uint8), grid=grid).shape[1:]
+
+            def fill(start: int, stop: int) -> np.ndarray:
+                return patch_tokens(
+                    clip, lambda i: image_bytes(rows[start + i]), stop - start, grid=grid, workers=self._workers
+                )
+
+            values = torch.from_numpy(self._cache(name, (len(rows), *shape), "float16", fill))
+            self._views[name] = View(values, candidates, real=view == "real")
+        return self._views[name]
 
     def _pixels(self, preprocess: Preprocess, *, real: bool) -> View:
         plain = dataclasses.replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))

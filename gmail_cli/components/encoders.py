@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Float16, Int, UInt8
 from torch import Tensor, nn
 
 from gmail_cli.components import transformers_models
@@ -145,6 +145,36 @@ class Clip:
             return self.encode_images(normalised(values, preprocess=self.preprocess))
 
     @torch.inference_mode()
+    def encode_patches(
+        self, pixels: UInt8[np.ndarray, "batch 3 height width"], *, grid: int = 0
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Patch tokens of decoded and scaled images, fp32, row by row of the picture.
+
+        Of a vision transformer the last layer but one, without its class token, as LLaVA takes them (Liu et al. 2023);
+        of other towers the cells of their last feature map.
+
+        Args:
+            pixels: As for :meth:`encode_pixels`.
+            grid: Average them to so many rows and columns; 0 keeps all.
+
+        Raises:
+            UsageError: The tower has fewer.
+        """
+        values = normalised(_upload(torch.from_numpy(pixels), self.device), preprocess=self.preprocess)
+        with self.autocast():
+            maps = self.model.visual.forward_intermediates(
+                values, indices=[_token_layer(self.model.visual)], stop_early=True, intermediates_only=True
+            )["image_intermediates"][0].float()
+        if grid:
+            if min(maps.shape[2:]) < grid:
+                raise UsageError(
+                    f"train.visual_grid = {grid}: {self.name} has {maps.shape[2]} by {maps.shape[3]} patches",
+                    hint="Ask for no more than there are; 0 takes them all.",
+                )
+            maps = nn.functional.adaptive_avg_pool2d(maps, grid)
+        return maps.flatten(2).transpose(1, 2)
+
+    @torch.inference_mode()
     def encode_tokens(self, ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch dim"]:
         """Unit fp32 embeddings of token ids; those of a GPU's model are best given on the CPU."""
         length = text_length(self.model, ids)
@@ -181,6 +211,16 @@ def pick_device(choice: str) -> torch.device:
 def describe_device(device: torch.device) -> str:
     """A device in words, for a manifest."""
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def _token_layer(visual: Any) -> int:
+    """Which layer's output, counted from the end, is taken as patch tokens."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    trunk = visual.trunk if isinstance(visual, TimmModel) else None
+    plain = isinstance(visual, VisionTransformer) or (hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"))
+    return -2 if plain else -1
 
 
 # -- text towers -------------------------------------------------------------------------------------------------
@@ -588,6 +628,20 @@ def embed_images(
     """Unit fp32 embeddings of ``count`` stored images, in order; see :func:`image_shards`."""
     parts = image_shards(clip, image_bytes, [range(count)], batch_size=batch_size, workers=workers, progress=progress)
     return next(parts)
+
+
+def patch_tokens(
+    clip: Clip,
+    image_bytes: Callable[[int], bytes],
+    count: int,
+    *,
+    grid: int = 0,
+    batch_size: int = 64,
+    workers: int = 2,
+) -> Float16[np.ndarray, "count tokens width"]:
+    """Patch tokens of ``count`` stored images, in order, at half precision; see :meth:`Clip.encode_patches`."""
+    read = batches(image_bytes, [range(count)], preprocess=clip.preprocess, batch_size=batch_size, workers=workers)
+    return np.concatenate([clip.encode_patches(pixels, grid=grid).half().cpu().numpy() for pixels in read])
 
 
 def image_shards(

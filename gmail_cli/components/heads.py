@@ -27,6 +27,8 @@ WEIGHTS_FILE = "head.safetensors"
 CONFIG_FILE = "head.json"
 LM_FOLDER = "lm"
 IGNORED = -100
+MEMORY_TEMPERATURE = 1 / 150
+"""Of the weights in `remembered` (DeCap's)."""
 RIDGE = 0.1
 """Ridge penalty of `DualProjection.meet`, as a share of the mean variance of the features."""
 
@@ -70,14 +72,21 @@ class DualProjection(nn.Module):
     @torch.no_grad()
     def meet(self, real: Float[Tensor, "pairs dim"], generated: Float[Tensor, "pairs dim"]) -> None:
         """Fit the real projection to paired embeddings by ridge regression towards the identity."""
-        target = self.generated(generated)
-        centre, aim = real.mean(0), target.mean(0)
-        x, y = (real - centre).double(), (target - aim).double()
-        gram = x.T @ x
-        penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.linalg.solve(gram + penalty, x.T @ (y - x)).T.to(real.dtype)
+        weight, bias = ridge_to(real, self.generated(generated))
         self.real.linear.weight.copy_(weight)
-        self.real.linear.bias.copy_(aim - centre - weight @ centre)
+        self.real.linear.bias.copy_(bias)
+
+
+def ridge_to(
+    points: Float[Tensor, "pairs dim"], target: Float[Tensor, "pairs dim"]
+) -> tuple[Float[Tensor, "dim dim"], Float[Tensor, " dim"]]:
+    """W and b of the map ``x + W x + b`` that brings points to their targets: ridge regression towards the identity."""
+    centre, aim = points.mean(0), target.mean(0)
+    x, y = (points - centre).double(), (target - aim).double()
+    gram = x.T @ x
+    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = torch.linalg.solve(gram + penalty, x.T @ (y - x)).T.to(points.dtype)
+    return weight, aim - centre - weight @ centre
 
 
 class Head(nn.Module):
@@ -154,7 +163,10 @@ class Captioner(Head):
         mapping: Embedding -> ``prefix_length`` prefix embeddings.
         lm: transformers' causal language model.
         tokenizer: Its tokenizer.
+        memory: Text embeddings (see `remembered`) that an image is seen through at inference, or None.
     """
+
+    memory: Float[Tensor, "texts dim"] | None = None
 
     def __init__(
         self,
@@ -228,7 +240,17 @@ class Captioner(Head):
             "tune_lm": self.tune_lm,
             "lm": LM_FOLDER if self.tune_lm else self.lm_name,
             "dual": self.projection is not None,
+            **({"scale": self.scale} if self.tune_lm else {}),  # that of the embeddings before they were trained
         }
+
+
+def remembered(
+    features: Float[Tensor, "images dim"], memory: Float[Tensor, "texts dim"]
+) -> Float[Tensor, "images dim"]:
+    """Each image as the average of text embeddings, weighted by a softmax of its similarity to them (DeCap, Li et al.
+    2023): it comes to lie where a captioner trained on texts has been."""
+    unit, memory = functional.normalize(features.float(), dim=-1), memory.to(features.device)
+    return (unit @ memory.T / MEMORY_TEMPERATURE).softmax(dim=-1) @ memory
 
 
 def _mlp(dim: int, width: int, length: int) -> nn.Module:
@@ -256,12 +278,13 @@ class _Translator(nn.Module):
         return self.encoder(torch.cat([tokens, queries], dim=1))[:, self.length :].flatten(1)
 
 
-def load_lm(ref: str | Path, *, revision: str = "") -> tuple[Any, Any]:
+def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
     Args:
         ref: ``tiny`` (shipped), a folder in transformers format, or a hub id.
         revision: Commit of a hub model.
+        dtype: Of its weights.
 
     Raises:
         SetupError: The model can be neither found nor fetched.
@@ -273,7 +296,7 @@ def load_lm(ref: str | Path, *, revision: str = "") -> tuple[Any, Any]:
     place = str(SHIPPED_LMS.get(str(ref), ref))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or None)
-        lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=torch.float32)
+        lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise SetupError(
             f"the language model {ref!s} cannot be loaded: {error}",
@@ -301,6 +324,7 @@ def load_captioner(folder: Path) -> Captioner:
         tune_lm=config["tune_lm"],
         dual=config["dual"],
     )
+    captioner.scale = config.get("scale", captioner.scale)
     _load_weights(captioner, folder)
     return captioner.eval()
 
@@ -328,6 +352,8 @@ def generate_captions(
     texts: list[str] = []
     for start in range(0, len(features), batch_size):
         batch = features[start : start + batch_size]
+        if captioner.memory is not None:
+            batch = remembered(batch, captioner.memory)
         prefix = captioner.prefix(batch, torch.ones(len(batch), dtype=torch.bool, device=batch.device))
         tokens = captioner.lm.generate(
             inputs_embeds=prefix,
@@ -351,6 +377,8 @@ def save_head(head: Probe | Captioner, folder: Path) -> None:
     """Write a head into an existing folder: its config, its weights, and its language model when that was tuned."""
     (folder / CONFIG_FILE).write_text(json.dumps(head.config(), indent=1, sort_keys=True), encoding="utf-8")
     tensors = {name: t.detach().cpu() for name, t in head.state_dict().items() if not name.startswith("lm.")}
+    if isinstance(head, Captioner) and head.memory is not None:
+        tensors["memory"] = head.memory.detach().cpu()
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     if isinstance(head, Captioner) and head.tune_lm:
         head.lm.save_pretrained(folder / LM_FOLDER)
@@ -368,9 +396,11 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     return config
 
 
-def _load_weights(head: nn.Module, folder: Path) -> None:
+def _load_weights(head: Probe | Captioner, folder: Path) -> None:
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
+        if isinstance(head, Captioner):
+            head.memory = tensors.pop("memory", None)
         missing = head.load_state_dict(tensors, strict=False)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"{folder / WEIGHTS_FILE} does not fit: {error}", hint="Train the cell again.") from error

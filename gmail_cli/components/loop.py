@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -63,6 +63,8 @@ class Recipe:
         ema: Decay of the exponential average of the parameters, or None to keep none.
         seed: Seed of data order and of all randomness within steps.
         log_every: Steps per row of the loss curve; checkpoints fall on the same steps.
+        restart: From this step on a second stage begins, with a warm-up and a schedule of its own; 0 for none.
+        restart_lr: Highest learning rate of the second stage.
     """
 
     steps: int
@@ -77,6 +79,8 @@ class Recipe:
     ema: float | None = None
     seed: int = 0
     log_every: int = 10
+    restart: int = 0
+    restart_lr: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +139,13 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
     ``cosine`` falls from ``lr`` to 0 over the remaining steps; ``cosine-restarts`` does so ``cycles`` times
     (Loshchilov and Hutter 2017, equal periods; the paper trains with warm restarts); ``constant`` stays.
+    A recipe of two stages does so in each.
     """
+    if recipe.restart and step >= recipe.restart:
+        second = replace(recipe, steps=recipe.steps - recipe.restart, lr=recipe.restart_lr, restart=0)
+        return learning_rate(step - recipe.restart, second)
+    if recipe.restart:
+        return learning_rate(step, replace(recipe, steps=recipe.restart, restart=0))
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.schedule == "constant":

@@ -244,16 +244,21 @@ def save_adapter(tower: TunedTower, folder: Path, *, base: str) -> None:
         folder: An existing folder.
         base: Name of f_r, kept for the reader.
     """
+    assert tower.adapter is not None, "a fully tuned tower has no adapter"
+    save_peft(tower.adapter, folder, base=base)
+
+
+def save_peft(adapter: PeftModel, folder: Path, *, base: str) -> None:
+    """Write an adapter of any model as plain peft loads it, in the same bytes whenever it is written."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    assert tower.adapter is not None, "a fully tuned tower has no adapter"
-    config = tower.adapter.peft_config["default"].to_dict()
+    config = adapter.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": base, "inference_mode": True}
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     text = json.dumps(plain, indent=1, sort_keys=True)
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    tensors = get_peft_model_state_dict(tower.adapter, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(adapter, save_embedding_layers=False)
     save_file(
         {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
     )
@@ -265,18 +270,26 @@ def load_adapter(clip: Clip, folder: Path) -> TunedTower:
     Raises:
         InputError: No adapter there, or not one of this model.
     """
+    visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
+    hint = "Give the adapter folder of an align artifact made from the same model."
+    return TunedTower(visual, load_peft(_shell(visual), folder, name=clip.name, hint=hint))
+
+
+def load_peft(model: nn.Module, folder: Path, *, name: str, hint: str) -> PeftModel:
+    """The adapter in ``folder`` over ``model``, which is called ``name``.
+
+    Raises:
+        InputError: No adapter there, or not one of this model.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    visual = copy.deepcopy(clip.model.visual).requires_grad_(False)
     try:
         with _peft():
             warnings.simplefilter("error", UserWarning)  # peft only warns of weights it misses
-            adapter = PeftModel.from_pretrained(_shell(visual), str(folder))
+            return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
-        hint = "Give the adapter folder of an align artifact made from the same model."
-        raise InputError(f"{folder} holds no adapter for {clip.name}: {error}", hint=hint) from error
-    return TunedTower(visual, adapter)
+        raise InputError(f"{folder} holds no adapter for {name}: {error}", hint=hint) from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ All models are tested on the same real images through f_r. What a model did with
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -402,20 +403,99 @@ class _Work:
         return scores
 
     def _captions(self, model: _Model) -> dict[str, scoring.Scores]:
-        """Captions of real images, scored against what people wrote."""
+        """Captions of real images by a prefix captioner, scored against what people wrote."""
         from gmail_cli.components import heads
 
-        images, chosen = self._images(model), self.profile.eval
-        references = self._references()
-        rows = [row for row, name in enumerate(images.ids) if name in references]
-        captioner = heads.load_captioner(self.inputs["train"].folder(model.folder))
-        texts = heads.generate_captions(
-            captioner, _tensor(images.vectors[rows]), beams=chosen.beams, max_tokens=chosen.caption_tokens
+        chosen = self.profile.eval
+
+        def write(rows: list[int]) -> list[str]:
+            captioner = heads.load_captioner(self.inputs["train"].folder(model.folder))
+            vectors = _tensor(self._images(model).vectors[rows])
+            return heads.generate_captions(captioner, vectors, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+        return self._captioned(model, write)
+
+    def _llava(self, model: _Model) -> dict[str, scoring.Scores]:
+        """Captions of real images by a LLaVA-style model, scored against what people wrote."""
+        from gmail_cli.components import llava
+        from gmail_cli.components.encoders import pick_device
+
+        chosen = self.profile.eval
+
+        def write(rows: list[int]) -> list[str]:
+            folder = self.inputs["train"].folder(model.folder)
+            made = llava.load_llava(folder, device=pick_device(self.profile.runtime.device))
+            self._check_encoder(model, str(made.about["encoder"]))
+            images = self._images(model)
+            if made.about["visual"] == "pooled":
+                tokens = _tensor(images.vectors[rows])[:, None]
+            else:
+                tokens = self._patches([images.ids[row] for row in rows], grid=int(made.about["visual_grid"]))
+            prompts = [llava.caption_prompt(made)] * len(rows)
+            return llava.answer(made, prompts, tokens, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+        return self._captioned(model, write)
+
+    def _check_encoder(self, model: _Model, digest: str) -> None:
+        """Refuse a model that was trained on the tokens of another f_r."""
+        header = self.tables[IMAGES].header
+        if header.flow == "real" and header.encoder_digest != digest:
+            raise InputError(
+                f"{model.name} was trained on tokens of encoder {digest[:12]}, the test images were embedded with "
+                f"{header.encoder} ({header.encoder_digest[:12]})",
+                hint="Embed the test images with the model.clip it was trained with.",
+            )
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - a _Work lives as long as its evaluation
+    def _encoder(self) -> Any:
+        """The encoder that the test images were embedded with."""
+        from gmail_cli.components.encoders import load_clip, model_digest, pick_device
+
+        wanted = self.tables[IMAGES].header.encoder_digest
+        named = self.origins["model"]
+        places = [(named["clip"], named["revision"])]
+        if "aligned" in self.inputs:
+            places.append((str(self.inputs["aligned"].folder("clip")), ""))
+        for ref, revision in places:
+            if model_digest(ref, revision=revision) == wanted:
+                return load_clip(ref, revision=revision, device=pick_device(self.profile.runtime.device))
+        hint = "Give model.clip as it was when the test images were embedded."
+        raise InputError(f"{named['clip']} is no longer the encoder of the test images ({wanted[:12]})", hint=hint)
+
+    def _patches(self, ids: list[str], *, grid: int) -> Any:
+        """Patch tokens of test images, which the embeddings do not hold."""
+        import torch
+
+        from gmail_cli.components.encoders import patch_tokens
+
+        if self.test is None or not self.test.has_images:
+            hint = "Evaluate where the test images are, or train with --set train.visual=pooled."
+            raise InputError("LLaVA's patch tokens need the test images, and they are not at hand", hint=hint)
+        test, places = self.test, self._places
+        return torch.from_numpy(
+            patch_tokens(
+                self._encoder(),
+                lambda i: test.image_bytes(places[ids[i]]),
+                len(ids),
+                grid=grid,
+                workers=self.profile.runtime.workers,
+            )
         )
-        predictions = {images.ids[row]: text for row, text in zip(rows, texts, strict=True)}
-        self.slot.write_json(f"predictions/{model.name}.json", predictions)
+
+    def _captioned(self, model: _Model, write: Callable[[list[int]], list[str]]) -> dict[str, scoring.Scores]:
+        """Scores of what a model writes for the test images that have references; written once, kept when killed."""
+        images, references = self._images(model), self._references()
+        rows = [row for row, name in enumerate(images.ids) if name in references]
+        name = f"predictions/{model.name}.json"
+        if not self.slot.has(name):
+            texts = write(rows)
+            self.slot.write_json(name, {images.ids[row]: text for row, text in zip(rows, texts, strict=True)})
+        held = json.loads(self.slot.path(name).read_text(encoding="utf-8"))
+        predictions = {images.ids[row]: str(held[images.ids[row]]) for row in rows}
         scores, found = measure.captions(
-            {name: references[name] for name in predictions}, predictions=predictions, meteor=chosen.meteor
+            {image: references[image] for image in predictions},
+            predictions=predictions,
+            meteor=self.profile.eval.meteor,
         )
         for reason in found.absent.values():
             self._note(reason.splitlines()[0])
@@ -625,6 +705,7 @@ _MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = 
     "long-clip": _Work._clip,
     "clip": _Work._clip,
     "clipcap": _Work._captions,
+    "llava": _Work._llava,
     "linear-probe": _Work._probe,
     "features": _Work._features,
 }

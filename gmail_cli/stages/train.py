@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, folder_digest
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, file_sha256, folder_digest
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import ArmName, Profile, TaskName, settings
+from gmail_cli.profile import ArmName, Profile, TaskName, require_file, settings
 from gmail_cli.shipped import profile_folder
 from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
@@ -112,7 +112,7 @@ def cells(profile: Profile) -> list[Cell]:
     if train.dual_projection != "off" and not any(cell.dual_projection for cell in found):
         raise UsageError(
             f"train.dual_projection = {train.dual_projection!r} applies to none of the tasks {list(train.tasks)}",
-            hint="Add clipcap or linear-probe, or turn it off.",
+            hint="Add clipcap, llava or linear-probe, or turn it off.",
         )
     return found
 
@@ -157,9 +157,12 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
 
         models["autoencoder"] = folder_digest(autoencoder_folder(train.autoencoder))
         del chosen["autoencoder"]
-    if "clipcap" in tasks:
+    if tasks & {"clipcap", "llava"}:
         models["lm"] = _lm_digest(train.lm, train.lm_revision)
         del chosen["lm"], chosen["lm_revision"]
+    if train.conversations:
+        inputs["conversations"] = file_sha256(require_file(train.conversations, key="train.conversations"))
+        del chosen["conversations"]
     return StageKey(stage="train", settings=chosen, inputs=inputs, models=models, seed=profile.seed)
 
 
@@ -173,7 +176,7 @@ def features(profile: Profile, *, generated: Artifact | None = None, aligned: Ar
     views: dict[ViewName, None] = {}
     for cell in cells(profile):
         if cell.task in READ_FEATURES and cell.arm != "none":
-            shown = SHOWN[cell.arm]
+            shown = [view for view in SHOWN[cell.arm] if view != "texts"]
             views |= dict.fromkeys((*shown, "real") if cell.dual_projection else shown)
     return [_features(profile, view, material.identities(view), aligned=aligned) for view in views]
 
@@ -291,10 +294,14 @@ def _recipe(cell: Cell, profile: Profile) -> Recipe:
     from gmail_cli.components.loop import Recipe, seed_from
 
     train = profile.train
+    second = train.instruct_lr or train.lr
+    first = round(train.pretrain_share * train.steps) if cell.task == "llava" else train.steps
     return Recipe(
         steps=train.steps,
         batch_size=train.batch_size,
-        lr=train.lr,
+        lr=train.lr if first else second,
+        restart=first if cell.task == "llava" else 0,
+        restart_lr=second,
         weight_decay=train.weight_decay,
         schedule=train.schedule,
         cycles=train.cycles,
@@ -520,12 +527,72 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
             tune_lm=train.tune_lm,
             dual=cell.dual_projection,
         )
+    arm = inputs.material.embedded(cell.arm)
+    if cell.arm == "texts":
+        captioner.memory = arm.views[0].values[: train.text_memory] if train.text_memory else None
+        arm = replace(arm, noise=train.text_noise)
     return clipcap_job(
         captioner.to(inputs.device),
         inputs.material.pairs,
-        inputs.material.embedded(cell.arm),
+        arm,
         meeting=inputs.material.meeting(cell.arm) if cell.dual_projection else None,
         caption_tokens=train.caption_tokens,
+    )
+
+
+def _llava(inputs: Inputs, cell: Cell) -> Job:
+    import torch
+
+    from gmail_cli.components import llava
+    from gmail_cli.components.conversations import read_conversations
+    from gmail_cli.components.heads import load_lm
+    from gmail_cli.components.loop import seed_from
+
+    profile, train, material = inputs.profile, inputs.profile.train, inputs.material
+    if train.conversations:
+        read, _ = read_conversations(Path(train.conversations), on_bad=profile.data.on_bad)
+        conversations = llava.covered(read, material.pairs, on_bad=profile.data.on_bad)
+    else:
+        conversations = llava.captions_as_conversations(material.pairs, prompt=train.prompt)
+
+    def shown(arm: ArmName) -> Arm:
+        return material.embedded(arm) if train.visual == "pooled" else material.patches(arm, grid=train.visual_grid)
+
+    arm, recipe = shown(cell.arm), _recipe(cell, profile)
+    values = arm.views[0].values
+    about = {
+        "lm": train.lm,
+        "lm_revision": train.lm_revision,
+        "image_tokens": values.shape[1] if values.ndim == 3 else 1,
+        "visual": train.visual,
+        "visual_grid": train.visual_grid,
+        "encoder": material.clip.digest,
+        "prompt": train.prompt,
+        "instructed": recipe.restart < recipe.steps,
+    }
+    lm, tokenizer = load_lm(
+        train.lm, revision=train.lm_revision, dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from("llava", profile.seed, cell.seed))
+        model = llava.Llava(
+            values.shape[-1],
+            lm=lm,
+            tokenizer=tokenizer,
+            about=about,
+            dual=cell.dual_projection,
+            lora_rank=train.lora_rank if about["instructed"] else 0,
+            lora_alpha=train.lora_alpha,
+        )
+    return llava.llava_job(
+        model.to(inputs.device).eval(),
+        material.pairs,
+        arm,
+        real=shown("real") if cell.dual_projection else None,
+        conversations=conversations,
+        recipe=recipe,
+        caption_tokens=train.caption_tokens,
+        conversation_tokens=train.conversation_tokens,
     )
 
 
@@ -573,8 +640,6 @@ def _autoencoder(inputs: Inputs, cell: Cell) -> Job:
 
 
 def _latent_diffusion(inputs: Inputs, cell: Cell) -> Job:
-    from dataclasses import replace
-
     from gmail_cli.components.generative import (
         encode_latents,
         latent_diffusion_job,
@@ -634,7 +699,8 @@ TASKS: Mapping[TaskName, Task] = {
     "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}),
     "long-clip": Task(build=_long_clip, arms=_EMBEDDED | {"none"}),
     "clip": Task(build=_clip, arms=_PIXELS, image_encoder="own"),
-    "clipcap": Task(build=_clipcap, arms=_EMBEDDED, dual=True),
+    "clipcap": Task(build=_clipcap, arms=_EMBEDDED | {"texts"}, dual=True),
+    "llava": Task(build=_llava, arms=_EMBEDDED, dual=True),
     "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True),
     "autoencoder": Task(build=_autoencoder, arms=_PIXELS, needs_clip=False),
     "latent-diffusion": Task(build=_latent_diffusion, arms=_PIXELS),

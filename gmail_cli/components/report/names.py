@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-ARMS = ("none", "generated-naive", "generated-aligned", "mixed", "real")
+ARMS = ("none", "texts", "generated-naive", "generated-aligned", "mixed", "real")
 """Order of the arms: from nothing learned to the real images everybody wants to match."""
 
 ARM_NOTES = {
     "none": "no training: the encoder as it came",
+    "texts": "captions alone, through the text tower",
     "generated-naive": "generated images, taken as if they were real",
     "generated-aligned": "generated images, through the aligned encoder (GMAIL)",
     "mixed": "generated and real images together",
@@ -18,6 +19,7 @@ TASK_LABELS = {
     "long-clip": "the long text tower",
     "clip": "CLIP",
     "clipcap": "captioning",
+    "llava": "captioning by LLaVA",
     "linear-probe": "the linear probe",
     "features": "the image features",
     "gap": "the modality gap",
