@@ -307,7 +307,9 @@ def _meteor_counts(captions: Sequence[str], truths: Sequence[Sequence[str]]) -> 
         _write(process.stdin, [], close=True)
         process.kill()
     try:
-        counts = np.array([[float(number) for number in answer.split()] for answer in answers]).reshape(-1, 23)
+        counts = np.array([[float(number) for number in answer.split()] for answer in answers]).reshape(
+            len(answers), 23
+        )
     except ValueError:
         raise SetupError(
             f"METEOR ({program}) stopped after {sum(map(bool, answers))} of {len(answers)} captions",
