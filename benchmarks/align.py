@@ -59,7 +59,7 @@ WARM = 10
 def make(workspace: Workspace, *, count: int) -> Artifact:
     """A generate artifact: scenes in other colours, with noise."""
     scenes = captions.read("scenes:train", limit=count)
-    with workspace.open(StageKey(stage="generate", version=1, settings={"count": count})) as slot:
+    with workspace.open(StageKey(stage="generate", settings={"count": count})) as slot:
         if slot.done:
             return slot.artifact
         rows = []
