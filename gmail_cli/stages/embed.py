@@ -128,8 +128,7 @@ def run_part(
         UsageError: As ``run``; or i is not one of 1 to n.
     """
     number, parts = part
-    if not 1 <= number <= parts:
-        raise UsageError(f"part {number} of {parts} does not exist", hint="Count the parts from 1: 1/4, 2/4, 3/4, 4/4.")
+    sources.require_part(number, parts)
     there = _used(profile, {"generated": generated, "aligned": aligned, "train": train})
     test = _read(profile)
     with workspace.open(_key(profile, test, _digests(there)), shared=True) as slot:

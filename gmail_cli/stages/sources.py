@@ -137,3 +137,13 @@ def open_index(artifact: Artifact, table: str, *, resident: bool = False) -> Vec
             hint="Delete the artifact and run `gmail index` again.",
         )
     return index
+
+
+def require_part(number: int, parts: int) -> None:
+    """Refuse a part of a job array that does not exist.
+
+    Raises:
+        UsageError: ``number`` is not one of 1 to ``parts``.
+    """
+    if not 1 <= number <= parts:
+        raise UsageError(f"part {number} of {parts} does not exist", hint="Count the parts from 1: 1/4, 2/4, 3/4, 4/4.")
