@@ -49,7 +49,7 @@ VERSIONS: Mapping[str, int] = {
     "train": 2,
     "embed": 2,
     "index": 2,
-    "eval": 3,
+    "eval": 4,
 }
 """The stages in order, each with its own version: raised when the same settings would give other bytes, or bytes that
 other stages read in another way."""

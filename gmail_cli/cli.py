@@ -367,14 +367,16 @@ def compare(
 ) -> None:
     """Compare evaluations: every other label against the first, paired by query, p-values after Holm."""
     from gmail_cli.components import comparison
+    from gmail_cli.components.metrics.intervals import Bootstrap
     from gmail_cli.stages import compare as stage
 
+    bootstrap = Bootstrap(draws=resamples, level=confidence)
     if plot is not None:
         from gmail_cli.components import scaling
 
         if format_ is not TableFormat.TEXT:
             raise UsageError(f"--format {format_.value} and --plot: there is no table", hint="Leave one of them out.")
-        curves = stage.scale(runs, root=workspace, metrics=metric or (), draws=resamples, level=confidence)
+        curves = stage.scale(runs, root=workspace, metrics=metric or (), bootstrap=bootstrap)
         picture = scaling.plot(curves, kind=plot.suffix.removeprefix("."))
         try:
             plot.write_bytes(picture)
@@ -384,7 +386,7 @@ def compare(
         _say(f"plot: {plot}")
         typer.echo(json.dumps(curves, allow_nan=False) if as_json else scaling.text(curves))
         return
-    found = stage.run(runs, root=workspace, metrics=metric or (), draws=resamples, level=confidence)
+    found = stage.run(runs, root=workspace, metrics=metric or (), bootstrap=bootstrap)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, allow_nan=False))
         return

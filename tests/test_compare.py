@@ -15,7 +15,7 @@ from gmail_cli import artifacts
 from gmail_cli.artifacts import StageKey, Workspace
 from gmail_cli.components import comparison, measure, scores
 from gmail_cli.components.comparison import Evaluation
-from gmail_cli.components.metrics.intervals import paired_difference
+from gmail_cli.components.metrics.intervals import Bootstrap, paired_difference
 from gmail_cli.components.scores import Cell, Scores
 from gmail_cli.errors import InputError, UsageError
 
@@ -40,10 +40,10 @@ def evaluation(label: str, *cells: Cell, seed: int = 0) -> Evaluation:
 
 
 def test_a_difference_is_the_paired_bootstrap_by_image() -> None:
-    found = comparison.compare([evaluation("a", cell(0.5)), evaluation("b", cell(0.6))], draws=500)
+    found = comparison.compare([evaluation("a", cell(0.5)), evaluation("b", cell(0.6))], bootstrap=Bootstrap(draws=500))
     [row] = found["comparisons"]
     a, b = (cell(each).scores["text_to_image_recall_at_1"] for each in (0.5, 0.6))
-    test = paired_difference(a.values, other=b.values, groups=a.groups, draws=500)
+    test = paired_difference(a.values, other=b.values, groups=a.groups, bootstrap=Bootstrap(draws=500))
     assert (row["run"], row["baseline"], row["n"]) == ("b", "a", 2 * IMAGES)
     assert (row["difference"], row["p_value"]) == (pytest.approx(b.value - a.value), test.p_value)
     assert (row["low"], row["high"]) == (test.difference.low, test.difference.high)
@@ -59,7 +59,7 @@ def test_runs_of_one_label_are_seeds_of_one_system() -> None:
             evaluation("a", cell(0.6, draw=2), cell(0.7, seed=1, draw=3), seed=1),
             evaluation("b", cell(0.9)),
         ],
-        draws=200,
+        bootstrap=Bootstrap(draws=200),
     )
     row = found["rows"][0]
     values = [cell(c, draw=d).scores["text_to_image_recall_at_1"].value for c, d in ((0.5, 1), (0.6, 2), (0.7, 3))]
@@ -72,15 +72,19 @@ def test_runs_of_one_label_are_seeds_of_one_system() -> None:
 
 def test_p_values_are_corrected_for_every_test_of_the_table() -> None:
     runs = [evaluation(label, cell(c), cell(c, arm="none")) for label, c in (("a", 0.4), ("b", 0.7), ("c", 0.7))]
-    found = comparison.compare(runs, metrics=["all"], draws=200)
+    found = comparison.compare(runs, metrics=["all"], bootstrap=Bootstrap(draws=200))
     assert len(found["comparisons"]) == 2 * 2 * 2
     assert min(row["p_value"] for row in found["comparisons"]) == pytest.approx(8 / 201)
-    alone = comparison.compare([runs[0], runs[1]], metrics=["text_to_image_recall_at_1"], draws=200)
+    alone = comparison.compare(
+        [runs[0], runs[1]], metrics=["text_to_image_recall_at_1"], bootstrap=Bootstrap(draws=200)
+    )
     assert min(row["p_value"] for row in alone["comparisons"]) == pytest.approx(2 / 201)
 
 
 def test_one_label_is_tabulated_without_tests() -> None:
-    found = comparison.compare([evaluation("a", cell(0.5)), evaluation("a", cell(0.6), seed=1)], draws=200)
+    found = comparison.compare(
+        [evaluation("a", cell(0.5)), evaluation("a", cell(0.6), seed=1)], bootstrap=Bootstrap(draws=200)
+    )
     assert found["comparisons"] == []
     assert "differences" not in comparison.text(found)
 
@@ -110,7 +114,7 @@ def test_metrics_of_a_whole_set_are_resampled_by_image_and_tested_in_pairs() -> 
         )
     assert len(stored) == 2
     runs = [evaluation(label, cell_) for label, cell_ in zip("ab", stored.values(), strict=True)]
-    found = comparison.compare(runs, metrics=["all"], draws=200)
+    found = comparison.compare(runs, metrics=["all"], bootstrap=Bootstrap(draws=200))
     tests = {row["metric"]: row for row in found["comparisons"]}
     assert set(tests) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider"}
     rng = np.random.default_rng(0)
@@ -134,8 +138,7 @@ def test_two_sets_of_queries_are_no_pair() -> None:
         scores.difference(
             Scores.mean(np.ones(2), groups=np.arange(2)),
             other=Scores.mean(np.ones(3), groups=np.arange(3)),
-            draws=200,
-            level=0.9,
+            bootstrap=Bootstrap(draws=200),
         )
 
 
@@ -153,7 +156,9 @@ def test_evaluations_that_do_not_fit_are_refused() -> None:
 
 
 def test_tables_hold_what_the_document_holds() -> None:
-    found = comparison.compare([evaluation("a_1|x", cell(0.5)), evaluation("b", cell(0.7))], draws=200)
+    found = comparison.compare(
+        [evaluation("a_1|x", cell(0.5)), evaluation("b", cell(0.7))], bootstrap=Bootstrap(draws=200)
+    )
     row = comparison.table(found)[1]
     test = found["comparisons"][0]
     assert row[7] == f"{100 * test['difference']:+.2f}"

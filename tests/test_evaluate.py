@@ -14,12 +14,14 @@ from PIL import Image
 
 from gmail_cli.artifacts import Artifact, StageKey, Workspace, file_sha256
 from gmail_cli.components import captions, heads, measure, scores
+from gmail_cli.components.metrics.intervals import Bootstrap
 from gmail_cli.components.scores import Cell, Scores
 from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.components.tokenizer import train_tokenizer
 from gmail_cli.errors import InputError, SetupError
 from gmail_cli.profile import Profile, build
 from gmail_cli.stages import evaluate, sources
+from gmail_cli.stages.evaluate.inputs import Inputs
 
 SPACE = "5" * 64
 DIM = 16
@@ -237,10 +239,10 @@ def three_arms(naive: Scores, aligned: Scores, real: Scores) -> list[Cell]:
 
 def test_a_mean_and_its_interval_resample_images_not_queries() -> None:
     same = Scores.mean(np.array([1.0, 1, 0, 0]), groups=np.array([0, 0, 1, 1]))
-    low, high = same.interval(draws=400, level=0.95)
+    low, high = same.interval(Bootstrap(draws=400))
     assert same.value == 0.5
     assert (low, high) == (0.0, 1.0)  # two images only: each draw is 0, 0.5 or 1
-    assert Scores.whole(0.3, queries=4).interval(draws=400, level=0.95) == (None, None)
+    assert Scores.whole(0.3, queries=4).interval(Bootstrap(draws=400)) == (None, None)
 
 
 def test_seeds_are_averaged_query_by_query_and_by_statistic() -> None:
@@ -255,7 +257,7 @@ def test_results_by_hand() -> None:
     naive = of(*np.concatenate([ones[:20], zeros[:30]]))  # 0.4
     aligned = of(*np.concatenate([ones[:35], zeros[:15]]))  # 0.7
     real = of(*np.concatenate([ones[:40], zeros[:10]]))  # 0.8
-    found = scores.results(three_arms(naive, aligned, real), protocol="p/1", draws=500, level=0.9)
+    found = scores.results(three_arms(naive, aligned, real), protocol="p/1", bootstrap=Bootstrap(draws=500, level=0.9))
     assert found["metrics"] == pytest.approx(
         {"clip-text.generated-naive.cider": 0.4, "clip-text.generated-aligned.cider": 0.7, "clip-text.real.cider": 0.8}
     )
@@ -273,7 +275,9 @@ def test_results_by_hand() -> None:
 
 def test_there_is_no_share_where_real_is_not_better_than_naive() -> None:
     found = scores.results(
-        three_arms(of(1, 0, 1, 0), of(1, 1, 1, 0), of(1, 0, 0, 1)), protocol="p", draws=200, level=0.95
+        three_arms(of(1, 0, 1, 0), of(1, 1, 1, 0), of(1, 0, 0, 1)),
+        protocol="p",
+        bootstrap=Bootstrap(draws=200),
     )
     assert found["shares"][0]["share"] is None
 
@@ -281,7 +285,7 @@ def test_there_is_no_share_where_real_is_not_better_than_naive() -> None:
 def test_p_values_are_corrected_for_all_comparisons() -> None:
     values = np.random.default_rng(0).random(60)
     cells = three_arms(of(*values), of(*(values + 0.05 * np.sin(np.arange(60)))), of(*(values + 0.2)))
-    found = scores.results(cells, protocol="p", draws=500, level=0.95)["comparisons"]
+    found = scores.results(cells, protocol="p", bootstrap=Bootstrap(draws=500))["comparisons"]
     assert [row["p_value"] for row in found][1] == pytest.approx(2 / 501)  # the smaller of two p = 1/501, times two
 
 
@@ -289,7 +293,7 @@ def test_an_arm_with_one_seed_stands_beside_every_seed_and_a_missing_seed_compar
     cells = [Cell(task="clipcap", arm="generated-aligned", seed=seed, scores={"cider": of(1, 1, 0)}) for seed in (0, 1)]
     none = Cell(task="clipcap", arm="none", seed=None, scores={"cider": of(0, 1, 0)})
     naive = [Cell(task="clipcap", arm="generated-naive", seed=seed, scores={"cider": of(1, 0, 0)}) for seed in (0, 5)]
-    found = scores.results([*cells, none, *naive], protocol="p", draws=200, level=0.95)["comparisons"]
+    found = scores.results([*cells, none, *naive], protocol="p", bootstrap=Bootstrap(draws=200))["comparisons"]
     assert [(row["baseline"], row["by_seed"]) for row in found] == [("none", pytest.approx([1 / 3, 1 / 3]))]
 
 
@@ -303,7 +307,7 @@ def test_dual_projection_is_compared_with_itself_and_else_without() -> None:
         cell("real", False, 1, 1, 1, 1),
         cell("real", True, 1, 1, 0, 1),
     ]
-    found = scores.results(cells, protocol="p", draws=200, level=0.95)["comparisons"]
+    found = scores.results(cells, protocol="p", bootstrap=Bootstrap(draws=200))["comparisons"]
     assert {row["baseline"]: row["difference"] for row in found} == {
         "generated-naive": pytest.approx(0.5),
         "real": 0.0,
@@ -317,7 +321,7 @@ def test_mean_per_class_weighs_classes_not_images() -> None:
     measured = measure.classified(found, prefix="")
     assert measured["top_1_accuracy"].value == 0.75
     assert measured["mean_per_class_accuracy"].value == 0.5
-    low, high = measured["mean_per_class_accuracy"].interval(draws=200, level=0.95)
+    low, high = measured["mean_per_class_accuracy"].interval(Bootstrap(draws=200))
     assert low is not None
     assert high is not None
     assert 0 <= low <= 0.5 <= high <= 1
@@ -563,13 +567,13 @@ def test_shared_captions_stop_or_are_counted(world: World, tmp_path: Path, share
     values["data"] |= {"train": str(file), "train_limit": 0}
     changed = build(values)
     inputs = {"embeddings": world.embeddings(profile=changed), "generated": world.generated()}
-    work = evaluate._Work(changed, None, inputs)  # type: ignore[arg-type]
+    work = Inputs(changed, inputs)
     if stops:
         with pytest.raises(InputError, match=r"captions? of the test set"):
             work.check_leaks()
     else:
         work.check_leaks()
-        assert work.seen.notes[0].startswith("1 of 144 test captions are also training captions")
+        assert work.notes[0].startswith("1 of 144 test captions are also training captions")
 
 
 def test_extra_positives_count_as_right(world: World, made: Artifact, tmp_path: Path) -> None:

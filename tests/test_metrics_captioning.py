@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmail_cli.components.metrics.captioning import bleu, by_image, meteor, score_captions
-from gmail_cli.components.metrics.intervals import bootstrap_sums
+from gmail_cli.components.metrics.intervals import Bootstrap, bootstrap_sums
 from gmail_cli.components.metrics.ptb import tokenise
 from gmail_cli.errors import InputError, UsageError
 
@@ -266,7 +266,9 @@ def test_corpus_bleu_can_be_resampled() -> None:
     hypotheses = {str(i): f"a dog number {i % 3} runs in a park" for i in range(8)}
     found = score_captions(references, hypotheses, metrics=("bleu",))
     assert found.bleu_counts is not None
-    interval = bootstrap_sums(found.bleu_counts, statistic=lambda sums: bleu(sums)[:, 3], draws=200)
+    interval = bootstrap_sums(
+        found.bleu_counts, statistic=lambda sums: bleu(sums)[:, 3], bootstrap=Bootstrap(draws=200)
+    )
     assert interval.value == pytest.approx(found.corpus["bleu_4"])
     assert interval.low < interval.value < interval.high
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gmail_cli.components.metrics.intervals import (
+    Bootstrap,
     bootstrap_mean,
     bootstrap_sums,
     holm,
@@ -20,7 +21,7 @@ from gmail_cli.errors import InputError, UsageError
 
 def test_the_mean_of_independent_values_agrees_with_scipy() -> None:
     values = np.random.default_rng(0).exponential(size=300)
-    ours = bootstrap_mean(values, draws=4000)
+    ours = bootstrap_mean(values, bootstrap=Bootstrap(draws=4000))
     theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1)
     assert ours.value == pytest.approx(values.mean())
     assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=0.01)
@@ -29,18 +30,20 @@ def test_the_mean_of_independent_values_agrees_with_scipy() -> None:
 
 
 def test_a_half_at_five_thousand_has_the_half_width_of_the_binomial() -> None:
-    found = bootstrap_mean(np.arange(5000) % 2, draws=1000)
+    found = bootstrap_mean(np.arange(5000) % 2, bootstrap=Bootstrap(draws=1000))
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * 0.5 / 5000**0.5, rel=0.1)
 
 
 def test_rows_of_one_image_are_resampled_together() -> None:
     """Five equal captions per image carry one image's information: the interval must not shrink."""
     per_image = np.random.default_rng(0).random(200)
-    once = bootstrap_mean(per_image, seed=3)
-    copied = bootstrap_mean(np.repeat(per_image, 5), groups=np.repeat(np.arange(200) * 7, 5), seed=3)
+    once = bootstrap_mean(per_image, bootstrap=Bootstrap(seed=3))
+    copied = bootstrap_mean(
+        np.repeat(per_image, 5), groups=np.repeat(np.arange(200) * 7, 5), bootstrap=Bootstrap(seed=3)
+    )
     assert (copied.low, copied.high) == pytest.approx((once.low, once.high))
     assert copied.clusters == 200
-    naive = bootstrap_mean(np.repeat(per_image, 5), seed=3)
+    naive = bootstrap_mean(np.repeat(per_image, 5), bootstrap=Bootstrap(seed=3))
     assert naive.high - naive.low < 0.6 * (once.high - once.low)
 
 
@@ -56,7 +59,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     for trial in range(200):
         image = rng.normal(size=60)
         rows = np.repeat(image, 3) + rng.normal(size=180)
-        found = bootstrap_mean(rows, groups=np.repeat(np.arange(60), 3), draws=300, seed=trial)
+        found = bootstrap_mean(rows, groups=np.repeat(np.arange(60), 3), bootstrap=Bootstrap(draws=300, seed=trial))
         covered += found.low <= 0 <= found.high
     assert 0.88 <= covered / 200 <= 0.98
 
@@ -75,13 +78,13 @@ def test_intervals_stay_in_range_and_ignore_order(values: list[float], seed: int
     array = np.array(values)
     kept = array.copy()
     groups = np.arange(len(array)) // 2
-    found = bootstrap_mean(array, groups=groups, draws=100, seed=seed)
+    found = bootstrap_mean(array, groups=groups, bootstrap=Bootstrap(draws=100, seed=seed))
     np.testing.assert_array_equal(array, kept)
     assert array.min() - 1e-12 <= found.low <= found.high <= array.max() + 1e-12
     order = np.random.default_rng(seed).permutation(len(array))
-    again = bootstrap_mean(array[order], groups=groups[order], draws=100, seed=seed)
+    again = bootstrap_mean(array[order], groups=groups[order], bootstrap=Bootstrap(draws=100, seed=seed))
     assert (again.low, again.high) == pytest.approx((found.low, found.high))
-    assert bootstrap_mean(array, groups=groups, draws=100, seed=seed) == found
+    assert bootstrap_mean(array, groups=groups, bootstrap=Bootstrap(draws=100, seed=seed)) == found
 
 
 def test_a_paired_test_sees_what_an_unpaired_one_cannot() -> None:
@@ -102,7 +105,10 @@ def test_no_difference_has_p_one_and_random_differences_are_uniform() -> None:
     assert same.p_value == 1
     assert (same.difference.low, same.difference.high) == (0, 0)
     rng = np.random.default_rng(1)
-    p = [paired_difference(np.zeros(80), other=rng.normal(size=80), draws=200, seed=i).p_value for i in range(200)]
+    p = [
+        paired_difference(np.zeros(80), other=rng.normal(size=80), bootstrap=Bootstrap(draws=200, seed=i)).p_value
+        for i in range(200)
+    ]
     assert stats.kstest(p, "uniform").pvalue > 0.001
     assert np.mean(np.array(p) <= 0.05) < 0.12
 
@@ -111,7 +117,7 @@ def test_paired_p_values_agree_with_the_t_test() -> None:
     rng = np.random.default_rng(7)
     base, other = rng.normal(size=(2, 300))
     other += 0.12
-    ours = paired_difference(base, other=other, draws=8000).p_value
+    ours = paired_difference(base, other=other, bootstrap=Bootstrap(draws=8000)).p_value
     assert ours == pytest.approx(stats.ttest_rel(other, base).pvalue, abs=0.03)
 
 
@@ -153,9 +159,9 @@ def test_what_has_no_interval_is_refused() -> None:
     with pytest.raises(InputError, match="2 and 3 queries"):
         paired_difference(np.ones(2), other=np.ones(3))
     with pytest.raises(UsageError, match="50 draws"):
-        bootstrap_mean(np.ones(3), draws=50)
+        bootstrap_mean(np.ones(3), bootstrap=Bootstrap(draws=50))
     with pytest.raises(UsageError, match="level 95"):
-        bootstrap_mean(np.ones(3), level=95)
+        bootstrap_mean(np.ones(3), bootstrap=Bootstrap(level=95))
     with pytest.raises(InputError, match=r"p-value of a is 1\.5"):
         holm({"a": 1.5})
     with pytest.raises(InputError, match="empty"):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from gmail_cli.components import report
+from gmail_cli.components.metrics.intervals import Bootstrap
 from gmail_cli.components.report import gallery, names, plots
 from gmail_cli.components.report.records import Chart, Cloud, Curve
 from gmail_cli.components.scores import Cell, Scores, results
@@ -45,7 +46,7 @@ def measured(
 
 
 def document(*cells: Cell) -> dict[str, Any]:
-    return results(cells, protocol="scenes-1k/1", draws=200, level=0.95)
+    return results(cells, protocol="scenes-1k/1", bootstrap=Bootstrap(draws=200))
 
 
 def picture() -> report.Picture:
@@ -70,11 +71,11 @@ def full(text: str = HOSTILE) -> report.Report:
         recall_charts=(chart,),
         training_charts=(chart,),
         clouds=(Cloud(text, text, points, points + 1), Cloud(text, text, points, points)),
-        breakdowns=(report.Breakdown(text, (text, "b"), (3, 4), {"real": (0.2, 0.4), "none": (0.1, 0.9)}),),
+        by_attribute=(report.Breakdown(text, (text, "b"), (3, 4), {"real": (0.2, 0.4), "none": (0.1, 0.9)}),),
         pairs=(row,),
         best=(row,),
         worst=(row,),
-        captions=(report.CaptionExample(picture(), (text,), (("real", text),)),),
+        captions=((text, (report.CaptionExample(picture(), (text,), (("real", text),)),)),),
         notes=(text,),
         provenance=((text, text),),
     )
@@ -316,12 +317,12 @@ def test_metric_names_and_values_for_people() -> None:
 
 def test_breakdown_puts_the_most_helped_label_first() -> None:
     correct = {"generated-naive": np.array([1.0, 0, 0, 1]), "generated-aligned": np.array([0.0, 1, 1, 1])}
-    found = gallery.breakdown("t", labels=["a", "b", "b", "c"], correct=correct)
+    found = gallery.breakdown("t", labels=["a", "b", "b", "c"], values=correct)
     assert found is not None
     assert found.labels == ("b", "c", "a")
     assert found.counts == (2, 1, 1)
     assert found.arms["generated-aligned"] == (1.0, 1.0, 0.0)
-    assert gallery.breakdown("t", labels=["a"] * 4, correct=correct) is None
+    assert gallery.breakdown("t", labels=["a"] * 4, values=correct) is None
 
 
 def test_clouds_share_their_plane_and_their_real_points() -> None:

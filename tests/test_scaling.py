@@ -13,6 +13,7 @@ from test_compare import cell, evaluation
 
 from gmail_cli.artifacts import StageKey, Workspace
 from gmail_cli.components import scaling, scores
+from gmail_cli.components.metrics.intervals import Bootstrap
 from gmail_cli.errors import InputError, UsageError
 
 METRIC = "text_to_image_recall_at_1"
@@ -21,7 +22,7 @@ SIZES = {1000: 0.4, 3000: 0.5, 10000: 0.75}
 
 def test_the_slope_is_that_of_least_squares_and_has_an_interval() -> None:
     runs = [(size, evaluation(str(size), cell(correct), cell(0.5, arm="none"))) for size, correct in SIZES.items()]
-    [curve] = scaling.scaling(runs, metrics=[METRIC], draws=500)["curves"]
+    [curve] = scaling.scaling(runs, metrics=[METRIC], bootstrap=Bootstrap(draws=500))["curves"]
     values = [cell(correct).scores[METRIC].value for correct in SIZES.values()]
     slope, intercept = np.polyfit(np.log10(list(SIZES)), values, 1)
     assert (curve["model"], curve["metric"]) == ("clip-text.real", METRIC)
@@ -39,7 +40,7 @@ def test_runs_of_one_size_are_its_seeds() -> None:
     runs = [
         (size, evaluation(str(size), cell(c, draw=d))) for size, c, d in ((10, 0.4, 1), (10, 0.6, 2), (100, 0.7, 3))
     ]
-    [curve] = scaling.scaling(runs, metrics=[METRIC], draws=200)["curves"]
+    [curve] = scaling.scaling(runs, metrics=[METRIC], bootstrap=Bootstrap(draws=200))["curves"]
     values = [cell(c, draw=d).scores[METRIC].value for c, d in ((0.4, 1), (0.6, 2), (0.7, 3))]
     assert [point["value"] for point in curve["points"]] == pytest.approx([np.mean(values[:2]), values[2]])
     assert curve["slope"] == pytest.approx(values[2] - np.mean(values[:2]))

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gmail_cli.components.metrics.intervals import holm, seed_summary
+from gmail_cli.components.latex import escape as latex_text
+from gmail_cli.components.latex import tabular
+from gmail_cli.components.metrics.intervals import USUAL, Bootstrap, holm, seed_summary
 from gmail_cli.components.scores import HEADLINES, Cell, over_seeds
 from gmail_cli.components.scores import difference as difference_of
 from gmail_cli.errors import InputError, UsageError
@@ -43,15 +45,14 @@ class Evaluation:
 
 
 def compare(
-    evaluations: Sequence[Evaluation], *, metrics: Sequence[str] = (), draws: int = 2000, level: float = 0.95
+    evaluations: Sequence[Evaluation], *, metrics: Sequence[str] = (), bootstrap: Bootstrap = USUAL
 ) -> dict[str, Any]:
     """Tabulate evaluations and test every other label against the first.
 
     Args:
         evaluations: In the order to show.
         metrics: Names to compare; none takes the headline metrics there are, ``all`` every one.
-        draws: Bootstrap resamples.
-        level: Of the intervals.
+        bootstrap: Draws and level of the intervals.
 
     Returns:
         A ``gmail.compare/1`` document: ``rows`` (one per model, metric and label: value, low, high, sd over seeds,
@@ -82,8 +83,8 @@ def compare(
                 label: over_seeds([cell.scores[metric] for _, cell in cells]) for label, cells in found.items() if cells
             }
             for label, scores in pooled.items():
-                low, high = scores.interval(draws=draws, level=level)
-                spread = seed_summary([cell.scores[metric].value for _, cell in found[label]], level=level)
+                low, high = scores.interval(bootstrap)
+                spread = seed_summary([cell.scores[metric].value for _, cell in found[label]], level=bootstrap.level)
                 about = {"model": model, "metric": metric, "run": label, "value": scores.value, "low": low}
                 seeds = [{"profile": seed, "train": cell.seed} for seed, cell in found[label]]
                 sd = spread.standard_deviation
@@ -92,7 +93,7 @@ def compare(
                 if label not in pooled or labels[0] not in pooled:
                     continue
                 base = pooled[labels[0]]
-                test = difference_of(base, other=pooled[label], draws=draws, level=level)
+                test = difference_of(base, other=pooled[label], bootstrap=bootstrap)
                 between = {"model": model, "metric": metric, "run": label, "baseline": labels[0]}
                 difference = test.difference
                 bounds = {"difference": difference.value, "low": difference.low, "high": difference.high}
@@ -109,8 +110,8 @@ def compare(
         "schema": SCHEMA,
         "protocol": first.protocol,
         "test_set": first.test_set,
-        "confidence": level,
-        "resamples": draws,
+        "confidence": bootstrap.level,
+        "resamples": bootstrap.draws,
         "runs": [{"label": each.label, "path": each.path, "seed": each.seed} for each in evaluations],
         "rows": rows,
         "comparisons": [{**row, "p_value": corrected[str(n)]} for n, row in enumerate(comparisons)],
@@ -205,9 +206,8 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def latex(document: Mapping[str, Any]) -> str:
     """The table in LaTeX, for the ``booktabs`` package."""
-    head, *rows = (" & ".join(map(_latex, row)) + r" \\" for row in [COLUMNS, *table(document)])
-    lines = [r"\begin{tabular}{lllrrrrrrr}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
-    return "\n".join([*lines, f"% {_basis(document)}"])
+    head, *rows = ([latex_text(cell) for cell in row] for row in [COLUMNS, *table(document)])
+    return f"{tabular('lllrrrrrrr', head=head, rows=rows)}\n% {_basis(document)}"
 
 
 def _basis(document: Mapping[str, Any]) -> str:
@@ -227,8 +227,3 @@ def _range(low: float | None, high: float | None, *, signed: bool = False) -> st
     if low is None or high is None:
         return ""
     return f"{_points(low, signed=signed)} to {_points(high, signed=signed)}"
-
-
-def _latex(cell: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in cell)

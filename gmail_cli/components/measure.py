@@ -6,6 +6,7 @@ beside the numbers. Test images must have passed through the encoder of real ima
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from gmail_cli.components.metrics import classification, gap
+from gmail_cli.components.metrics import classification, fidelity, gap
 from gmail_cli.components.metrics.captioning import METRICS, CaptionScores, score_captions
 from gmail_cli.components.metrics.classification import Classification
 from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
@@ -270,13 +271,8 @@ def classified(found: Classification, *, prefix: str) -> dict[str, Scores]:
     scores = {f"{prefix}top_1_accuracy": Scores.mean(found.correct(1), groups=images)}
     if len(found.confusion) > 5:
         scores[f"{prefix}top_5_accuracy"] = Scores.mean(found.correct(5), groups=images)
-    classes = len(found.confusion)
-    member = np.eye(classes)[found.labels]
-    scores[f"{prefix}mean_per_class_accuracy"] = Scores(
-        columns=np.concatenate([member * found.correct(1)[:, None], member], axis=1),
-        groups=images,
-        statistic=_mean_per_class,
-        queries=len(images),
+    scores[f"{prefix}mean_per_class_accuracy"] = Scores.per_class(
+        found.correct(1), labels=found.labels, classes=len(found.confusion), groups=images
     )
     return scores
 
@@ -308,6 +304,8 @@ def captions(
 def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
     """How far generated images lie from the real images of their captions (paper, Table 14).
 
+    And how good a set they are, as :func:`generated_set` says.
+
     Args:
         real: Real images through f_r.
         generated: Generated images, row by row the partners of ``real``. Where at least ``ENOUGH_HELD_OUT`` rows are
@@ -335,25 +333,46 @@ def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
     scores["centroid_cosine"] = whole(gap.centroid_cosine(a, generated=b))
     scores["centroid_distance"] = whole(gap.centroid_distance(a, generated=b))
     if count > 1:
+        scores["covariance_distance"] = whole(gap.covariance_distance(a, generated=b))
         scores["frechet_distance"] = whole(gap.frechet_distance(a, generated=b).distance)
+        with contextlib.suppress(InputError):  # a collapsed encoder gives it no scale
+            scores["maximum_mean_discrepancy"] = whole(gap.maximum_mean_discrepancy(a, generated=b))
     if len(np.unique(owners)) >= 10:
         linear = gap.linear_separability(a, generated=b, real_groups=owners, generated_groups=owners)
         near = gap.neighbour_separability(a, generated=b, real_groups=owners, generated_groups=owners)
         scores |= {"linear_separability": whole(linear), "neighbour_separability": whole(near)}
-    return scores
+    once = np.unique(owners, return_index=True)[1]
+    return scores | generated_set(a[once], generated=b[once])
+
+
+def generated_set(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> dict[str, Scores]:
+    """How good generated images are as a set: precision, recall, density, coverage, and the Vendi scores of both sets.
+
+    A real image that occurs several times would count as its own neighbour: give each once, and one generated image of
+    it. Nothing where there are too few for neighbours.
+
+    Args:
+        real: Unit rows.
+        generated: Unit rows, in the same space.
+    """
+    if min(len(real), len(generated)) <= fidelity.NEIGHBOURS:
+        return {}
+    found = fidelity.manifold_metrics(real, generated=generated)
+    values = {
+        "precision": found.precision,
+        "recall": found.recall,
+        "density": found.density,
+        "coverage": found.coverage,
+        "vendi_score": fidelity.vendi_score(generated),
+        "real_vendi_score": fidelity.vendi_score(real),
+    }
+    return {name: Scores.whole(value, queries=len(generated)) for name, value in values.items()}
 
 
 def gap_rows(generated: Table) -> Int[np.ndarray, " rows"]:
     """The rows a gap is measured on: those held out of alignment if they are enough, else all."""
     held = np.flatnonzero([bool(row.get("held_out")) for row in generated.rows])
     return held if len(held) >= ENOUGH_HELD_OUT else np.arange(len(generated.rows))
-
-
-def _mean_per_class(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-    """From sums of [right of class c ... | of class c ...]: accuracy averaged over the classes that were drawn."""
-    right, sizes = np.split(sums, 2, axis=1)
-    present = sizes > 0
-    return (right / np.where(present, sizes, 1)).sum(axis=1) / present.sum(axis=1)
 
 
 def _place(row: Mapping[str, object], places: Mapping[str, int], table: str) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gmail_cli.components.comparison import Evaluation, require_same, wanted_metrics
-from gmail_cli.components.scores import Cell, Scores, over_seeds
+from gmail_cli.components.metrics.intervals import USUAL, Bootstrap
+from gmail_cli.components.scores import Cell, Scores, combined, over_seeds
 from gmail_cli.errors import InputError, UsageError
 
 SCHEMA = "gmail.scaling/1"
@@ -21,8 +22,7 @@ def scaling(
     evaluations: Sequence[tuple[int, Evaluation]],
     *,
     metrics: Sequence[str] = (),
-    draws: int = 2000,
-    level: float = 0.95,
+    bootstrap: Bootstrap = USUAL,
 ) -> dict[str, Any]:
     """Fit each metric of each model to ``a + b log10(captions)``.
 
@@ -32,8 +32,7 @@ def scaling(
     Args:
         evaluations: (captions trained on, evaluation) of each run.
         metrics: As :func:`gmail_cli.components.comparison.compare`.
-        draws: Bootstrap resamples.
-        level: Of the intervals.
+        bootstrap: Draws and level of the intervals.
 
     Returns:
         A ``gmail.scaling/1`` document. Its ``curves`` have ``model``, ``metric``, ``points`` (captions, value, low,
@@ -57,33 +56,32 @@ def scaling(
             if metric in cell.scores and _trained(cell):
                 found.setdefault((cell.name, metric), {}).setdefault(captions, []).append(cell.scores[metric])
     curves = [
-        _curve(model, metric, {size: over_seeds(by_size[size]) for size in sizes}, draws=draws, level=level)
+        _curve(model, metric, {size: over_seeds(by_size[size]) for size in sizes}, bootstrap=bootstrap)
         for (model, metric), by_size in found.items()
         if set(by_size) == set(sizes)
     ]
     if not curves:
         raise InputError("no model was trained at every size", hint="Give every run the same tasks and arms.")
     first = evaluations[0][1]
-    about = {"protocol": first.protocol, "test_set": first.test_set, "confidence": level, "resamples": draws}
-    return {"schema": SCHEMA, **about, "curves": curves}
+    about = {"protocol": first.protocol, "test_set": first.test_set}
+    settings = {"confidence": bootstrap.level, "resamples": bootstrap.draws}
+    return {"schema": SCHEMA, **about, **settings, "curves": curves}
 
 
 def _trained(cell: Cell) -> bool:
     return cell.arm != "none" and cell.task != "gap"
 
 
-def _curve(model: str, metric: str, by_size: Mapping[int, Scores], *, draws: int, level: float) -> dict[str, Any]:
+def _curve(model: str, metric: str, by_size: Mapping[int, Scores], *, bootstrap: Bootstrap) -> dict[str, Any]:
     logs = np.log10(list(by_size))
     weights = (logs - logs.mean()) / np.square(logs - logs.mean()).sum()
     scores = list(by_size.values())
-    each = sum(weight * found.values for weight, found in zip(weights, scores, strict=True))
-    assert scores[0].groups is not None, "a mean over queries"
-    slope = Scores.mean(np.asarray(each), groups=scores[0].groups)
+    slope = combined(scores, weights=weights.tolist())
     points = []
     for captions, found in by_size.items():
-        low, high = found.interval(draws=draws, level=level)
+        low, high = found.interval(bootstrap)
         points.append({"captions": captions, "value": found.value, "low": low, "high": high})
-    low, high = slope.interval(draws=draws, level=level)
+    low, high = slope.interval(bootstrap)
     middle = float(np.mean([point["value"] for point in points]))
     return {
         "model": model,

@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import sparse
 
 from gmail_cli.components.metrics.captioning import bleu, meteor
 from gmail_cli.components.metrics.intervals import (
+    USUAL,
+    Bootstrap,
+    Columns,
     PairedDifference,
     bootstrap_sums,
     difference_of_sums,
     holm,
     require_same_queries,
     seed_summary,
+    total,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +60,13 @@ def mean_of(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " dra
     return sums[:, 0] / sums[:, 1]
 
 
+def mean_over_classes(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
+    """From sums of [right of class c ... | of class c ...]: accuracy averaged over the classes that were drawn."""
+    right, sizes = np.split(sums, 2, axis=1)
+    present = sizes > 0
+    return (right / np.where(present, sizes, 1)).sum(axis=1) / present.sum(axis=1)
+
+
 def _bleu(order: int) -> Statistic:
     return lambda sums: bleu(sums)[:, order]
 
@@ -74,7 +86,7 @@ class Scores:
         statistic: From sums, one row per draw, to the metric.
     """
 
-    columns: Float[np.ndarray, "queries columns"]
+    columns: Columns
     groups: Int[np.ndarray, " queries"] | None
     statistic: Statistic = mean_of
     queries: int = 0
@@ -86,6 +98,22 @@ class Scores:
         return cls(columns=np.stack([values, np.ones(len(values))], axis=1), groups=groups, queries=len(values))
 
     @classmethod
+    def per_class(
+        cls,
+        right: Float[np.ndarray, " queries"],
+        *,
+        labels: Int[np.ndarray, " queries"],
+        classes: int,
+        groups: Int[np.ndarray, " queries"],
+    ) -> Scores:
+        """Accuracy averaged over classes, from what was right and the class of each query."""
+        rows = np.arange(len(labels))
+        values = np.concatenate([np.asarray(right, dtype=np.float64), np.ones(len(rows))])
+        places = (np.concatenate([rows, rows]), np.concatenate([labels, labels + classes]))
+        columns = sparse.csr_array((values, places), shape=(len(rows), 2 * classes))
+        return cls(columns=columns, groups=groups, statistic=mean_over_classes, queries=len(rows))
+
+    @classmethod
     def whole(cls, value: float, *, queries: int) -> Scores:
         """A number without an interval."""
         return cls(columns=np.array([[value, 1.0]]), groups=None, queries=queries)
@@ -93,19 +121,19 @@ class Scores:
     @property
     def value(self) -> float:
         """The metric."""
-        return float(self.statistic(self.columns.sum(axis=0, keepdims=True))[0])
+        return float(self.statistic(total(self.columns))[0])
 
     @property
     def values(self) -> Float[np.ndarray, " queries"]:
         """The value of each query of a mean."""
         assert self.statistic is mean_of, "not a mean over queries"
-        return self.columns[:, 0]
+        return np.asarray(self.columns[:, 0])
 
-    def interval(self, *, draws: int, level: float) -> tuple[float | None, float | None]:
+    def interval(self, bootstrap: Bootstrap = USUAL) -> tuple[float | None, float | None]:
         """The percentile interval from resampling images; (None, None) without groups or with one image."""
         if self.groups is None or len(np.unique(self.groups)) < 2:
             return None, None
-        found = bootstrap_sums(self.columns, statistic=self.statistic, groups=self.groups, draws=draws, level=level)
+        found = bootstrap_sums(self.columns, statistic=self.statistic, groups=self.groups, bootstrap=bootstrap)
         return found.low, found.high
 
 
@@ -136,11 +164,11 @@ class Cell:
 
 
 def to_parquet(scores: Mapping[str, Scores]) -> pa.Table | None:
-    """What a model did with each query: columns ``metric``, ``image`` (a number), ``value``, ``counts``.
+    """What a model did with each query: columns ``metric``, ``image`` (a number), ``value``, ``class``, ``counts``.
 
-    ``value`` is that of a metric that is a mean over queries. ``counts`` are what metrics of a whole set of captions
-    (``OF_CORPUS``) sum up. None where there is neither. Mean-per-class accuracy and numbers without queries are left
-    out.
+    ``value`` is that of a metric that is a mean over queries, with the number of its ``class`` where it is one over
+    classes. ``counts`` are what metrics of a whole set of captions (``OF_CORPUS``) sum up. None where there is neither.
+    Numbers without queries are left out.
     """
     import pyarrow as pa
 
@@ -149,19 +177,31 @@ def to_parquet(scores: Mapping[str, Scores]) -> pa.Table | None:
             "metric": pa.dictionary(pa.int32(), pa.string()),
             "image": pa.int32(),
             "value": pa.float64(),
+            "class": pa.int32(),
             "counts": pa.list_(pa.float64()),
         }
     )
     parts = []
     for name, each in scores.items():
-        if each.groups is None or not (name in OF_CORPUS or each.statistic is mean_of):
+        if each.groups is None:
             continue
-        rows = len(each.columns)
-        values = {"value": each.columns[:, 0], "counts": pa.nulls(rows)}
+        rows = each.columns.shape[0]
+        values: dict[str, Any] = dict.fromkeys(("value", "class", "counts"), pa.nulls(rows))
         if name in OF_CORPUS:
-            values = {"value": pa.nulls(rows), "counts": list(each.columns)}
+            values["counts"] = list(each.columns)
+        elif each.statistic is mean_over_classes:
+            right, member = (each.columns[:, half] for half in _halves(each.columns.shape[1]))
+            values |= {"value": np.asarray(right.sum(axis=1)), "class": sparse.csr_array(member).indices}
+        elif each.statistic is mean_of:
+            values["value"] = each.values
+        else:
+            continue
         parts.append(pa.table({"metric": [name] * rows, "image": each.groups, **values}).cast(schema))
     return pa.concat_tables(parts).unify_dictionaries() if parts else None
+
+
+def _halves(columns: int) -> tuple[slice, slice]:
+    return slice(columns // 2), slice(columns // 2, None)
 
 
 def from_parquet(table: pa.Table) -> dict[str, Scores]:
@@ -175,56 +215,59 @@ def from_parquet(table: pa.Table) -> dict[str, Scores]:
         if name in OF_CORPUS:
             counts = pc.list_flatten(rows["counts"]).to_numpy().reshape(len(rows), -1)
             found[name] = Scores(columns=counts, groups=images, statistic=OF_CORPUS[name], queries=len(rows))
-        else:
+        elif rows["class"].null_count:
             found[name] = Scores.mean(rows["value"].to_numpy(), groups=images)
+        else:
+            labels = rows["class"].to_numpy()
+            right, classes = rows["value"].to_numpy(), int(labels.max()) + 1
+            found[name] = Scores.per_class(right, labels=labels, classes=classes, groups=images)
     return found
 
 
-def difference(base: Scores, *, other: Scores, draws: int, level: float) -> PairedDifference:
+def difference(base: Scores, *, other: Scores, bootstrap: Bootstrap = USUAL) -> PairedDifference:
     """Other minus base on the same queries, the images resampled together; both with an interval of their own.
 
     Raises:
         InputError: They have different numbers of queries.
     """
-    require_same_queries(len(base.columns), len(other.columns))
-    width = base.columns.shape[1]
-
-    def statistic(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-        return other.statistic(sums[:, width:]) - base.statistic(sums[:, :width])
-
-    columns = np.concatenate([base.columns, other.columns], axis=1)
-    return difference_of_sums(columns, statistic=statistic, groups=base.groups, draws=draws, level=level)
+    require_same_queries(base.columns.shape[0], other.columns.shape[0])
+    both = combined((base, other), weights=(-1.0, 1.0))
+    return difference_of_sums(both.columns, statistic=both.statistic, groups=both.groups, bootstrap=bootstrap)
 
 
 def over_seeds(scores: Sequence[Scores]) -> Scores:
     """The mean of one metric over models that differ in their seed, query by query where that is possible."""
+    return scores[0] if len(scores) == 1 else combined(scores, weights=[1 / len(scores)] * len(scores))
+
+
+def combined(scores: Sequence[Scores], *, weights: Sequence[float]) -> Scores:
+    """A weighted sum of one metric over models that answered the same queries, which are resampled together."""
     first = scores[0]
-    if len(scores) == 1:
-        return first
-    if first.statistic is mean_of and first.groups is not None:
-        return Scores.mean(np.mean([each.values for each in scores], axis=0), groups=first.groups)
     if first.groups is None:
-        return Scores.whole(float(np.mean([each.value for each in scores])), queries=first.queries)
-    width, parts = first.columns.shape[1], len(scores)
+        return Scores.whole(float(np.dot(weights, [each.value for each in scores])), queries=first.queries)
+    if first.statistic is mean_of:
+        return Scores.mean(np.tensordot(weights, [each.values for each in scores], axes=1), groups=first.groups)
+    ends = np.cumsum([each.columns.shape[1] for each in scores])
 
     def statistic(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-        pieces = [first.statistic(sums[:, part * width : (part + 1) * width]) for part in range(parts)]
-        return np.mean(pieces, axis=0)
+        parts = np.split(sums, ends[:-1], axis=1)
+        pieces = [each.statistic(part) for each, part in zip(scores, parts, strict=True)]
+        return np.asarray(np.tensordot(weights, pieces, axes=1))
 
-    columns = np.concatenate([each.columns for each in scores], axis=1)
-    return Scores(columns=columns, groups=first.groups, statistic=statistic, queries=first.queries)
+    blocks = [each.columns for each in scores]
+    beside = sparse.hstack(blocks, format="csr") if sparse.issparse(blocks[0]) else np.concatenate(blocks, axis=1)
+    return Scores(columns=beside, groups=first.groups, statistic=statistic, queries=first.queries)
 
 
 def results(
-    cells: Sequence[Cell], *, protocol: str, draws: int, level: float, test_set: str = "", seed: int = 0
+    cells: Sequence[Cell], *, protocol: str, bootstrap: Bootstrap = USUAL, test_set: str = "", seed: int = 0
 ) -> dict[str, Any]:
     """Everything there is to say of ``cells`` in numbers: a ``gmail.results/1`` document.
 
     Args:
         cells: One per model; those that differ only in their seed are summarised together.
         protocol: Name and version of the evaluation protocol, written into every row.
-        draws: Bootstrap resamples.
-        level: Of the intervals.
+        bootstrap: Draws and level of every interval.
         test_set: Digest of what was tested on.
         seed: Of the profile.
 
@@ -237,12 +280,12 @@ def results(
     for cell in cells:
         groups.setdefault((cell.task, cell.arm, cell.dual_projection), []).append(cell)
     rows = [
-        _row(cell, metric, scores, draws=draws, level=level, protocol=protocol)
+        _row(cell, metric, scores, bootstrap=bootstrap, protocol=protocol)
         for cell in cells
         for metric, scores in cell.scores.items()
     ]
     aggregates = [
-        _aggregate(same, metric, draws=draws, level=level, protocol=protocol)
+        _aggregate(same, metric, bootstrap=bootstrap, protocol=protocol)
         for same in groups.values()
         for metric in same[0].scores
     ]
@@ -251,12 +294,12 @@ def results(
         "protocol": protocol,
         "test_set": test_set,
         "seed": seed,
-        "confidence": level,
-        "resamples": draws,
+        "confidence": bootstrap.level,
+        "resamples": bootstrap.draws,
         "rows": rows,
         "aggregates": aggregates,
-        "comparisons": _comparisons(groups, draws=draws, level=level, protocol=protocol),
-        "shares": _shares(groups, draws=draws, level=level, protocol=protocol),
+        "comparisons": _comparisons(groups, bootstrap=bootstrap, protocol=protocol),
+        "shares": _shares(groups, bootstrap=bootstrap, protocol=protocol),
         "metrics": {f"{_name(row)}.{row['metric']}": row["mean"] for row in aggregates},
     }
 
@@ -265,17 +308,17 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['task']}.{row['arm']}{'+dual' * row['dual_projection']}"
 
 
-def _row(cell: Cell, metric: str, scores: Scores, *, draws: int, level: float, protocol: str) -> dict[str, Any]:
-    low, high = scores.interval(draws=draws, level=level)
+def _row(cell: Cell, metric: str, scores: Scores, *, bootstrap: Bootstrap, protocol: str) -> dict[str, Any]:
+    low, high = scores.interval(bootstrap)
     about = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, "dual_projection": cell.dual_projection}
     value = {"metric": metric, "value": scores.value, "low": low, "high": high, "n": scores.queries}
     return {**about, **value, "protocol": protocol, "preprocess": cell.preprocess}
 
 
-def _aggregate(cells: Sequence[Cell], metric: str, *, draws: int, level: float, protocol: str) -> dict[str, Any]:
+def _aggregate(cells: Sequence[Cell], metric: str, *, bootstrap: Bootstrap, protocol: str) -> dict[str, Any]:
     scores = over_seeds([cell.scores[metric] for cell in cells])
-    low, high = scores.interval(draws=draws, level=level)
-    spread = seed_summary([cell.scores[metric].value for cell in cells], level=level)
+    low, high = scores.interval(bootstrap)
+    spread = seed_summary([cell.scores[metric].value for cell in cells], level=bootstrap.level)
     return {
         "task": cells[0].task,
         "arm": cells[0].arm,
@@ -324,7 +367,7 @@ def _tasks(groups: _Groups) -> list[tuple[str, bool]]:
     return [(task, dual) for task, arm, dual in groups if arm == TREATMENT and task != "gap"]
 
 
-def _comparisons(groups: _Groups, *, draws: int, level: float, protocol: str) -> list[dict[str, Any]]:
+def _comparisons(groups: _Groups, *, bootstrap: Bootstrap, protocol: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for task, dual in _tasks(groups):
         for metric in HEADLINES:
@@ -334,7 +377,7 @@ def _comparisons(groups: _Groups, *, draws: int, level: float, protocol: str) ->
                     continue
                 seeds, scores = matched
                 ours, theirs = over_seeds(scores[TREATMENT]), over_seeds(scores[baseline])
-                test = difference(theirs, other=ours, draws=draws, level=level)
+                test = difference(theirs, other=ours, bootstrap=bootstrap)
                 found.append(
                     {
                         "task": task,
@@ -358,7 +401,7 @@ def _comparisons(groups: _Groups, *, draws: int, level: float, protocol: str) ->
     return [{**row, "p_value": corrected[str(n)]} for n, row in enumerate(found)]
 
 
-def _shares(groups: _Groups, *, draws: int, level: float, protocol: str) -> list[dict[str, Any]]:
+def _shares(groups: _Groups, *, bootstrap: Bootstrap, protocol: str) -> list[dict[str, Any]]:
     """(aligned - naive) / (real - naive); None unless real is better than naive beyond its interval."""
 
     def closed(sums: Float[np.ndarray, "draws 3"]) -> Float[np.ndarray, " draws"]:
@@ -373,11 +416,11 @@ def _shares(groups: _Groups, *, draws: int, level: float, protocol: str) -> list
             if matched is None:
                 continue
             aligned, naive, real = (over_seeds(matched[1][arm]) for arm in arms)
-            distance = difference(naive, other=real, draws=draws, level=level).difference
+            distance = difference(naive, other=real, bootstrap=bootstrap).difference
             share: dict[str, float | None] = {"share": None, "low": None, "high": None}
             if distance.low > 0:
                 columns = np.stack([naive.values, aligned.values, real.values], axis=1)
-                part = bootstrap_sums(columns, statistic=closed, groups=naive.groups, draws=draws, level=level)
+                part = bootstrap_sums(columns, statistic=closed, groups=naive.groups, bootstrap=bootstrap)
                 share = {"share": part.value, "low": part.low, "high": part.high}
             about = {"task": task, "dual_projection": dual, "metric": metric, "protocol": protocol}
             means = {"naive": naive.value, "aligned": aligned.value, "real": real.value, "n": naive.queries}

@@ -9,12 +9,13 @@ from typing import Any
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import comparison, scores
 from gmail_cli.components.comparison import Evaluation
+from gmail_cli.components.metrics.intervals import USUAL, Bootstrap
 from gmail_cli.components.scores import Cell
 from gmail_cli.errors import InputError
 
 
 def run(
-    runs: Sequence[str], *, root: Path, metrics: Sequence[str] = (), draws: int = 2000, level: float = 0.95
+    runs: Sequence[str], *, root: Path, metrics: Sequence[str] = (), bootstrap: Bootstrap = USUAL
 ) -> dict[str, Any]:
     """Compare the evaluations that ``runs`` name.
 
@@ -23,8 +24,7 @@ def run(
             evaluation). Those that share a label are one system's seeds. Without a label, the run's name.
         root: Where runs are kept.
         metrics: As :func:`gmail_cli.components.comparison.compare`.
-        draws: Bootstrap resamples.
-        level: Of the intervals.
+        bootstrap: Draws and level of the intervals.
 
     Returns:
         A ``gmail.compare/1`` document.
@@ -40,11 +40,11 @@ def run(
         for name, (label, artifact) in zip(names, found, strict=True)
     ]
     evaluations = [_read(label, artifact) for label, (_, artifact) in zip(labels, found, strict=True)]
-    return comparison.compare(evaluations, metrics=metrics, draws=draws, level=level)
+    return comparison.compare(evaluations, metrics=metrics, bootstrap=bootstrap)
 
 
 def scale(
-    runs: Sequence[str], *, root: Path, metrics: Sequence[str] = (), draws: int = 2000, level: float = 0.95
+    runs: Sequence[str], *, root: Path, metrics: Sequence[str] = (), bootstrap: Bootstrap = USUAL
 ) -> dict[str, Any]:
     """The same evaluations against the number of captions that each was trained on (paper, Table 7).
 
@@ -52,8 +52,7 @@ def scale(
         runs: As for :func:`run`; at least two sizes.
         root: As for :func:`run`.
         metrics: As for :func:`run`.
-        draws: As for :func:`run`.
-        level: As for :func:`run`.
+        bootstrap: As for :func:`run`.
 
     Returns:
         A ``gmail.scaling/1`` document (:func:`gmail_cli.components.scaling.scaling`).
@@ -67,7 +66,7 @@ def scale(
     found = [
         (_captions(artifact), _read(label or str(artifact.path), artifact)) for label, artifact in _named(runs, root)
     ]
-    return scaling(found, metrics=metrics, draws=draws, level=level)
+    return scaling(found, metrics=metrics, bootstrap=bootstrap)
 
 
 def _captions(artifact: Artifact) -> int:

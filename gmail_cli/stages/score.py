@@ -21,6 +21,7 @@ from gmail_cli.components.metrics import gap as gaps
 from gmail_cli.components.metrics.clipscore import PROMPT
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
 from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
+from gmail_cli.components.metrics.intervals import Bootstrap
 from gmail_cli.components.metrics.retrieval import KS, check_owners, retrieval_ranks, retrieval_ranks_in_folds
 from gmail_cli.components.scores import Scores
 from gmail_cli.errors import InputError, UsageError
@@ -490,7 +491,7 @@ def _values(scores: Mapping[str, Scores]) -> dict[str, float]:
 def _intervals(scores: Mapping[str, Scores]) -> dict[str, tuple[float, float]]:
     found = {}
     for name, score in scores.items():
-        low, high = score.interval(draws=RESAMPLES, level=CONFIDENCE)
+        low, high = score.interval(Bootstrap(draws=RESAMPLES, level=CONFIDENCE))
         if low is not None and high is not None:
             found[name] = low, high
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from gmail_cli.components.captions.records import Kind
+from gmail_cli.components.captions.records import Attributes, Kind
 from gmail_cli.components.captions.remote import Location, Remote
 from gmail_cli.components.captions.sources import (
     IMAGE_SUFFIXES,
@@ -52,6 +52,7 @@ class Row:
     label: str | None = None
     source: ImageSource | None = None
     complete: bool = False
+    attributes: Attributes = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,13 @@ def label_of(fields: Mapping[str, Any]) -> str | None:
     return None if value is None else identifier(value, "label")
 
 
+def attributes_of(fields: Mapping[str, Any]) -> Attributes:
+    """Further labels of a record: the texts and integers of ``attributes``, where that is an object."""
+    value = fields.get("attributes")
+    named = value.items() if isinstance(value, dict) else ()
+    return tuple((name, str(each)) for name, each in named if isinstance(each, (str, int)))
+
+
 def image_file(name: object, beside: Location, request: Request) -> FileBytes | None:
     """The file of an image in the folder asked for, else in ``beside``.
 
@@ -152,7 +160,14 @@ def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Locatio
     owner = first(fields, ID_FIELDS)
     if owner is None:
         owner = name if name is not None else fields.get("id", f"{line:06d}")
-    return Row(where, identifier(owner, "image id"), texts_of(fields, source, request.kind), label_of(fields), source)
+    return Row(
+        where,
+        identifier(owner, "image id"),
+        texts_of(fields, source, request.kind),
+        label_of(fields),
+        source,
+        attributes=attributes_of(fields),
+    )
 
 
 # --- whole files --------------------------------------------------------------------------------------------
@@ -402,7 +417,9 @@ def scene_rows(split: str, request: Request) -> Iterator[Row]:
             Text(scenes.long_caption(scene), kind="long"),
         )
         source = SceneBytes(split, index, request.scene_seed, request.scene_size)
-        yield Row(f"scene {key}", key, texts, scenes.attributes(scene)["class"], source, complete=True)
+        facts = scenes.attributes(scene)
+        label = facts.pop("class")
+        yield Row(f"scene {key}", key, texts, label, source, complete=True, attributes=tuple(facts.items()))
 
 
 def scene_split(source: str) -> str:

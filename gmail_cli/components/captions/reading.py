@@ -254,7 +254,7 @@ def _assemble(
             known = sources if kept else dropped
             known[row.id] = row.source
             if kept:
-                images[row.id] = Image(row.id, row.label)
+                images[row.id] = Image(row.id, row.label, row.attributes)
                 captions[row.id] = []
         if known is dropped:
             continue

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64
@@ -17,6 +17,7 @@ from gmail_cli.components.captions.sources import ImageSource
 from gmail_cli.errors import InputError
 
 Kind = Literal["short", "long"]
+Attributes: TypeAlias = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,17 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image: its id, unique in a dataset, and its class where the data names one."""
+    """One image: its id, unique in a dataset, and what else the data say of it.
+
+    Attributes:
+        id: Its id.
+        label: Its class, where the data name one.
+        attributes: Further labels, (name, value): what results are broken down by. No part of the fingerprint.
+    """
 
     id: str
     label: str | None = None
+    attributes: Attributes = ()
 
 
 @dataclass(frozen=True, eq=False)

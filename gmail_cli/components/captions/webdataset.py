@@ -13,6 +13,7 @@ from gmail_cli.components.captions.formats import (
     Report,
     Request,
     Row,
+    attributes_of,
     first,
     identifier,
     json_object,
@@ -97,6 +98,7 @@ def _sample(
         label_of(fields),
         source,
         complete=True,
+        attributes=attributes_of(fields),
     )
 
 

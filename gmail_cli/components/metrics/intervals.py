@@ -9,13 +9,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import sparse
 
 from gmail_cli.errors import InputError, UsageError
 
+Columns: TypeAlias = Float[np.ndarray, "rows columns"] | sparse.csr_array
+"""One row of countable things per query; sparse where most of them are 0, such as the classes of an image."""
+
 _CELLS = 1 << 22  # weights held at once: 32 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """How intervals are found.
+
+    Attributes:
+        draws: Resamples.
+        level: Of the percentile interval.
+        seed: Of the draws.
+
+    Raises:
+        UsageError: For a level outside (0, 1) or fewer than 100 draws.
+    """
+
+    draws: int = 2000
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws < 100 or not 0 < self.level < 1:
+            raise UsageError(
+                f"{self.draws} draws at level {self.level}: at least 100 draws and a level between 0 and 1 are needed",
+                hint="Use 2000 draws at level 0.95.",
+            )
+
+    def interval(self, drawn: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+        """The percentile interval of what was drawn."""
+        low, high = np.quantile(drawn, [(1 - self.level) / 2, (1 + self.level) / 2])
+        return float(low), float(high)
+
+
+USUAL = Bootstrap()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,32 +90,28 @@ def bootstrap_mean(
     values: Float[np.ndarray, " rows"],
     *,
     groups: Int[np.ndarray, " rows"] | None = None,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = USUAL,
 ) -> Interval:
     """Interval of a mean over rows, resampling the groups (images) they belong to.
 
     Args:
         values: One value per query, e.g. ``Ranks.hits(1)`` or CIDEr per image.
         groups: The image of each row; None when every row is its own unit.
+        bootstrap: Draws, level and seed.
 
     Raises:
         InputError: For no rows, values that are not finite, or groups of another length.
-        UsageError: For a level outside (0, 1) or fewer than 100 draws.
     """
     columns = np.stack([_checked(values), np.ones(len(values))], axis=1)
-    return bootstrap_sums(columns, statistic=_mean_of_sums, groups=groups, draws=draws, level=level, seed=seed)
+    return bootstrap_sums(columns, statistic=_mean_of_sums, groups=groups, bootstrap=bootstrap)
 
 
 def bootstrap_sums(
-    columns: Float[np.ndarray, "rows columns"],
+    columns: Columns,
     *,
     statistic: Callable[[Float[np.ndarray, "draws columns"]], Float[np.ndarray, " draws"]],
     groups: Int[np.ndarray, " rows"] | None = None,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = USUAL,
 ) -> Interval:
     """Interval of any statistic of column sums: ratios, mean-per-class accuracy, corpus BLEU.
 
@@ -86,14 +120,13 @@ def bootstrap_sums(
         statistic: From summed columns, one row per draw, to one value per draw.
 
     Raises:
-        InputError, UsageError: As :func:`bootstrap_mean`.
+        InputError: As :func:`bootstrap_mean`.
     """
-    _check_settings(draws, level)
-    totals = _group_sums(_checked(columns), groups)
-    estimate = float(statistic(totals.sum(axis=0, keepdims=True))[0])
-    drawn = np.concatenate([statistic(sums) for sums in _resampled(totals, draws, seed)])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value=estimate, low=float(low), high=float(high), level=level, clusters=len(totals))
+    totals = _group_sums(_checked_columns(columns), groups)
+    estimate = float(statistic(total(totals))[0])
+    drawn = np.concatenate([statistic(sums) for sums in _resampled(totals, bootstrap)])
+    low, high = bootstrap.interval(drawn)
+    return Interval(value=estimate, low=low, high=high, level=bootstrap.level, clusters=totals.shape[0])
 
 
 def paired_difference(
@@ -101,9 +134,7 @@ def paired_difference(
     *,
     other: Float[np.ndarray, " rows"],
     groups: Int[np.ndarray, " rows"] | None = None,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = USUAL,
 ) -> PairedDifference:
     """Compare two systems on the same queries (paired bootstrap).
 
@@ -111,12 +142,12 @@ def paired_difference(
     from it as it lies from zero, with one added to both counts so that it is never 0.
 
     Raises:
-        InputError, UsageError: As :func:`bootstrap_mean`; also when the two lengths differ.
+        InputError: As :func:`bootstrap_mean`; also when the two lengths differ.
     """
     base, other = _checked(base), _checked(other)
     require_same_queries(len(base), len(other))
     columns = np.stack([other - base, np.ones(len(base))], axis=1)
-    return difference_of_sums(columns, statistic=_mean_of_sums, groups=groups, draws=draws, level=level, seed=seed)
+    return difference_of_sums(columns, statistic=_mean_of_sums, groups=groups, bootstrap=bootstrap)
 
 
 def require_same_queries(base: int, other: int) -> None:
@@ -133,13 +164,11 @@ def require_same_queries(base: int, other: int) -> None:
 
 
 def difference_of_sums(
-    columns: Float[np.ndarray, "rows columns"],
+    columns: Columns,
     *,
     statistic: Callable[[Float[np.ndarray, "draws columns"]], Float[np.ndarray, " draws"]],
     groups: Int[np.ndarray, " rows"] | None = None,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = USUAL,
 ) -> PairedDifference:
     """:func:`paired_difference` of two systems by a statistic of column sums, such as corpus BLEU.
 
@@ -148,18 +177,17 @@ def difference_of_sums(
         statistic: From summed columns, one row per draw, to other minus base of each draw.
 
     Raises:
-        InputError, UsageError: As :func:`bootstrap_mean`.
+        InputError: As :func:`bootstrap_mean`.
     """
-    _check_settings(draws, level)
-    totals = _group_sums(_checked(columns), groups)
-    observed = float(statistic(totals.sum(axis=0, keepdims=True))[0])
-    drawn = np.concatenate([statistic(sums) for sums in _resampled(totals, draws, seed)])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    totals = _group_sums(_checked_columns(columns), groups)
+    observed = float(statistic(total(totals))[0])
+    drawn = np.concatenate([statistic(sums) for sums in _resampled(totals, bootstrap)])
+    low, high = bootstrap.interval(drawn)
     rounding = 1e-12 * max(1.0, abs(observed))
     extreme = int((np.abs(drawn - observed) >= abs(observed) - rounding).sum())
     return PairedDifference(
-        difference=Interval(value=observed, low=float(low), high=float(high), level=level, clusters=len(totals)),
-        p_value=(extreme + 1) / (draws + 1),
+        difference=Interval(value=observed, low=low, high=high, level=bootstrap.level, clusters=totals.shape[0]),
+        p_value=(extreme + 1) / (bootstrap.draws + 1),
     )
 
 
@@ -201,33 +229,44 @@ def _mean_of_sums(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " dra
     return sums[:, 0] / sums[:, 1]
 
 
-def _group_sums(
-    columns: Float[np.ndarray, "rows columns"], groups: Int[np.ndarray, " rows"] | None
-) -> Float[np.ndarray, "groups columns"]:
+def total(columns: Columns) -> Float[np.ndarray, "1 columns"]:
+    """The sums of all rows."""
+    return np.asarray(columns.sum(axis=0), dtype=np.float64).reshape(1, -1)
+
+
+def _group_sums(columns: Columns, groups: Int[np.ndarray, " rows"] | None) -> Columns:
     if groups is None:
         return columns
-    if groups.shape != (len(columns),):
+    rows = columns.shape[0]
+    if groups.shape != (rows,):
         raise InputError(
-            f"groups have shape {groups.shape}, the values have {len(columns)} rows",
+            f"groups have shape {groups.shape}, the values have {rows} rows",
             hint="Give the image of each row.",
         )
-    _, index = np.unique(groups, return_inverse=True)
-    sums = [np.bincount(index.reshape(-1), weights=column) for column in columns.T]
-    return np.stack(sums, axis=1)
+    names, index = np.unique(groups, return_inverse=True)
+    index = index.reshape(-1)
+    if isinstance(columns, sparse.csr_array):
+        return sparse.csr_array((np.ones(rows), (index, np.arange(rows))), shape=(len(names), rows)) @ columns
+    return np.stack([np.bincount(index, weights=column) for column in columns.T], axis=1)
 
 
-def _resampled(
-    totals: Float[np.ndarray, "groups columns"], draws: int, seed: int
-) -> Iterator[Float[np.ndarray, "chunk columns"]]:
+def _resampled(totals: Columns, bootstrap: Bootstrap) -> Iterator[Float[np.ndarray, "chunk columns"]]:
     """Column sums of resampled groups, some draws at a time."""
-    rng = np.random.default_rng(seed)
-    count = len(totals)
-    step = max(1, _CELLS // count)
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
+    rng = np.random.default_rng(bootstrap.seed)
+    count, columns = totals.shape
+    step = max(1, _CELLS // max(count, columns))
+    for start in range(0, bootstrap.draws, step):
+        size = min(step, bootstrap.draws - start)
         drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
         weights = np.bincount(drawn.reshape(-1), minlength=size * count).reshape(size, count)
-        yield weights @ totals
+        yield np.asarray(weights @ totals)
+
+
+def _checked_columns(columns: Columns) -> Columns:
+    if not isinstance(columns, sparse.csr_array):
+        return _checked(columns)
+    _checked(columns.data)
+    return columns
 
 
 def _checked(values: np.ndarray) -> Float[np.ndarray, "rows ..."]:
@@ -238,11 +277,3 @@ def _checked(values: np.ndarray) -> Float[np.ndarray, "rows ..."]:
             hint="Give one finite value per query.",
         )
     return values
-
-
-def _check_settings(draws: int, level: float) -> None:
-    if draws < 100 or not 0 < level < 1:
-        raise UsageError(
-            f"{draws} draws at level {level}: at least 100 draws and a level between 0 and 1 are needed",
-            hint="Use 2000 draws at level 0.95.",
-        )

@@ -6,7 +6,8 @@ forbid any through their content security policy.
 
 from __future__ import annotations
 
-from gmail_cli.components.report.names import task_title
+from gmail_cli.components.report.layout import latex_tables
+from gmail_cli.components.report.names import metric_label, task_title
 from gmail_cli.components.report.pages import html, markdown, search_page, serve_page
 from gmail_cli.components.report.records import (
     Breakdown,
@@ -32,7 +33,9 @@ __all__ = [
     "Report",
     "Verdict",
     "html",
+    "latex_tables",
     "markdown",
+    "metric_label",
     "search_page",
     "serve_page",
     "task_title",

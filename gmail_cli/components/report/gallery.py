@@ -24,6 +24,9 @@ CLOUD_POINTS = 500
 CURVE_POINTS = 160
 """Most points of a training curve; longer ones are averaged in equal stretches."""
 MOST_LABELS = 40
+"""Most classes of a breakdown."""
+MOST_VALUES = 16
+"""Most values of an attribute of a breakdown."""
 
 Thumbnails = Callable[[str], bytes | None]
 """Id of a test image -> its thumbnail, where the image is at hand."""
@@ -44,32 +47,76 @@ def recall_charts(ranks: Mapping[str, Sequence[RetrievalRanks]], *, most: int) -
 
 
 def breakdown(
-    title: str, *, labels: Sequence[str], correct: Mapping[str, Float[np.ndarray, " images"]]
+    title: str, *, labels: Sequence[str], values: Mapping[str, Float[np.ndarray, " images"]]
 ) -> Breakdown | None:
-    """Accuracy by label, most helped by alignment first; None for fewer than two labels.
+    """A metric by label, most helped by alignment first; None for fewer than two labels.
 
     Args:
         title: What is measured.
         labels: The label of each test image.
-        correct: Arm -> probability of being right for each test image.
+        values: Arm -> what it reached on each test image; an image with a NaN was not asked and is left out.
     """
-    names, rows = np.unique(np.array(labels), return_inverse=True)
-    counts = np.bincount(rows)
-    if not 2 <= len(names) <= MOST_LABELS:
+    asked = _asked(values)
+    found = np.unique(np.array(labels)[asked], return_inverse=True)
+    if not 2 <= len(found[0]) <= MOST_LABELS:
         return None
-    arms = {
-        arm: np.bincount(rows, weights=values) / counts
-        for arm, values in sorted(correct.items(), key=lambda item: arm_rank(item[0]))
-    }
-    aligned, naive = arms.get("generated-aligned"), arms.get("generated-naive")
-    gain = aligned - naive if aligned is not None and naive is not None else -next(iter(arms.values()))
-    order = np.argsort(-gain, kind="stable")
-    return Breakdown(
-        title,
-        tuple(names[order].tolist()),
-        tuple(counts[order].tolist()),
-        {arm: tuple(values[order].tolist()) for arm, values in arms.items()},
-    )
+    shares, counts = _by_label(found[1], values, rows=asked)
+    aligned, naive = shares.get("generated-aligned"), shares.get("generated-naive")
+    gain = aligned - naive if aligned is not None and naive is not None else -next(iter(shares.values()))
+    return _breakdown(title, found[0], shares, counts, order=np.argsort(-gain, kind="stable"))
+
+
+def attribute_breakdown(
+    title: str, *, attributes: Sequence[Mapping[str, str]], values: Mapping[str, Float[np.ndarray, " images"]]
+) -> Breakdown | None:
+    """A metric by the value of each attribute that has several, attribute by attribute; None without any.
+
+    Args:
+        title: What is measured.
+        attributes: Name -> value of each test image. An attribute that an image lacks passes over it.
+        values: As in :func:`breakdown`.
+    """
+    asked, parts = _asked(values), []
+    for name in dict.fromkeys(name for each in attributes for name in each):
+        rows = np.array([row for row in asked if name in attributes[row]], dtype=np.int64)
+        labels, place = np.unique([attributes[row][name] for row in rows], return_inverse=True)
+        if 2 <= len(labels) <= MOST_VALUES:
+            shares, counts = _by_label(place, values, rows=rows)
+            parts.append(([f"{name}: {label}" for label in labels], shares, counts))
+    if not parts:
+        return None
+    labels = np.concatenate([part[0] for part in parts])
+    shares = {arm: np.concatenate([part[1][arm] for part in parts]) for arm in parts[0][1]}
+    counts = np.concatenate([part[2] for part in parts])
+    return _breakdown(title, labels, shares, counts, order=np.arange(len(labels)))
+
+
+def _asked(values: Mapping[str, Float[np.ndarray, " images"]]) -> Int[np.ndarray, " asked"]:
+    return np.flatnonzero(np.isfinite(list(values.values())).all(axis=0))
+
+
+def _by_label(
+    place: Int[np.ndarray, " rows"],
+    values: Mapping[str, Float[np.ndarray, " images"]],
+    *,
+    rows: Int[np.ndarray, " rows"],
+) -> tuple[dict[str, Float[np.ndarray, " labels"]], Int[np.ndarray, " labels"]]:
+    """The mean of each arm over the images of each label, and how many images there are."""
+    counts = np.bincount(place)
+    arms = sorted(values, key=arm_rank)
+    return {arm: np.bincount(place, weights=values[arm][rows]) / counts for arm in arms}, counts
+
+
+def _breakdown(
+    title: str,
+    labels: np.ndarray,
+    shares: Mapping[str, Float[np.ndarray, " labels"]],
+    counts: Int[np.ndarray, " labels"],
+    *,
+    order: Int[np.ndarray, " labels"],
+) -> Breakdown:
+    arms = {arm: tuple(each[order].tolist()) for arm, each in shares.items()}
+    return Breakdown(title, tuple(labels[order].tolist()), tuple(counts[order].tolist()), arms)
 
 
 def clouds(

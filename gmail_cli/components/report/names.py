@@ -30,11 +30,16 @@ GAP_METRICS = (
     "unpaired_cosine",
     "centroid_cosine",
     "centroid_distance",
+    "covariance_distance",
     "frechet_distance",
+    "maximum_mean_discrepancy",
     "linear_separability",
     "neighbour_separability",
 )
-"""Metrics of the modality gap, shown as they are; all others are shown times 100."""
+SET_METRICS = ("precision", "recall", "density", "coverage", "vendi_score", "real_vendi_score")
+"""Metrics of the modality gap and of the generated set, shown as they are; all others are shown times 100."""
+
+_AS_THEY_ARE = frozenset(GAP_METRICS + SET_METRICS)
 
 FAMILIES = ("retrieval", "long captions", "classification", "captions")
 
@@ -53,6 +58,14 @@ _LABELS = {
     "centroid_cosine": "cosine of the two means",
     "centroid_distance": "distance of the two means",
     "frechet_distance": "Fréchet distance",
+    "covariance_distance": "distance of the two covariances",
+    "maximum_mean_discrepancy": "maximum mean discrepancy (squared, unbiased)",
+    "precision": "precision: generated images within the real set",
+    "recall": "recall: real images within the generated set",
+    "density": "density",
+    "coverage": "coverage: real images with a generated one near",
+    "vendi_score": "Vendi score: how many different images",
+    "real_vendi_score": "Vendi score of the real images",
     "linear_separability": "told apart by a linear probe (0.5 = not at all)",
     "neighbour_separability": "told apart by their nearest neighbours (0.5 = not at all)",
 }
@@ -106,14 +119,14 @@ def family(metric: str) -> str:
 
 def scale(metric: str) -> int:
     """What a value is multiplied with to be shown: 100 for shares and caption scores, 1 for the gap."""
-    return 1 if metric in GAP_METRICS else 100
+    return 1 if metric in _AS_THEY_ARE else 100
 
 
 def show(metric: str, value: float | None, *, signed: bool = False) -> str:
     """A value of a metric as text: three decimals for the gap, otherwise one, with a proper minus sign."""
     if value is None:
         return "–"
-    digits = 3 if metric in GAP_METRICS else 1
+    digits = 3 if metric in _AS_THEY_ARE else 1
     return f"{scale(metric) * value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 

@@ -11,6 +11,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from gmail_cli.components.report import names, plots
+from gmail_cli.components.report.layout import paper_tables
 from gmail_cli.components.report.records import Picture, Report
 from gmail_cli.components.report.verdict import outcome_of, verdict
 from gmail_cli.components.scores import HEADLINES
@@ -108,6 +109,7 @@ def _render(template: str, report: Report) -> str:
             results=results,
             verdict=verdict(results),
             tables=_tables(results),
+            paper=paper_tables(results),
             headline_charts=_headline_charts(results),
             gap=_gap(results),
             extent=plots.cloud_extent(report.clouds) if report.clouds else None,
@@ -165,7 +167,7 @@ def _gap(results: Mapping[str, Any]) -> list[tuple[str, dict[str, Any] | None, d
     """(metric, before, after) of the modality gap: the generated images through f_r and through f_g."""
     rows = {(row["arm"], row["metric"]): row for row in results["rows"] if row["task"] == "gap"}
     metrics = {metric for _, metric in rows}
-    ordered = [metric for metric in names.GAP_METRICS if metric in metrics]
+    ordered = [metric for metric in names.GAP_METRICS + names.SET_METRICS if metric in metrics]
     return [(m, rows.get(("generated-naive", m)), rows.get(("generated-aligned", m))) for m in ordered]
 
 

@@ -90,8 +90,8 @@ class Breakdown:
     Attributes:
         title: What is measured, by what.
         labels: The labels, one a row.
-        counts: How many test items carry each label.
-        arms: Arm -> one value in [0, 1] per label.
+        counts: How many test images carry each label.
+        arms: Arm -> one value per label, a share or a caption score.
     """
 
     title: str
@@ -102,17 +102,18 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report shows. Sections without content are left out of the page."""
+    """Everything a report shows. Sections without content are left out of the page. ``captions``: by task."""
 
     title: str
     results: Mapping[str, Any]
     recall_charts: tuple[Chart, ...] = ()
     training_charts: tuple[Chart, ...] = ()
     clouds: tuple[Cloud, ...] = ()
-    breakdowns: tuple[Breakdown, ...] = ()
+    by_class: tuple[Breakdown, ...] = ()
+    by_attribute: tuple[Breakdown, ...] = ()
     pairs: tuple[PictureRow, ...] = ()
     best: tuple[PictureRow, ...] = ()
     worst: tuple[PictureRow, ...] = ()
-    captions: tuple[CaptionExample, ...] = ()
+    captions: tuple[tuple[str, tuple[CaptionExample, ...]], ...] = ()
     notes: tuple[str, ...] = ()
     provenance: tuple[tuple[str, str], ...] = field(default=())

@@ -1,0 +1,135 @@
+"""Captions that trained models write of test images, and the CLIP that scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gmail_cli.components import measure
+from gmail_cli.components import scores as scoring
+from gmail_cli.components.metrics.clipscore import PROMPT
+from gmail_cli.components.tables import Table
+from gmail_cli.errors import GmailError, InputError
+from gmail_cli.stages.evaluate.inputs import IMAGES, Inputs, Model
+
+if TYPE_CHECKING:
+    from gmail_cli.components.encoders import Clip
+
+
+def write(given: Inputs, model: Model, rows: Sequence[int]) -> list[str]:
+    """What a captioner (task ``clipcap`` or ``llava``) says of these rows of the test images.
+
+    Raises:
+        InputError: It was trained on another encoder, or needs test images that are not at hand.
+    """
+    return {"clipcap": _clipcap, "llava": _llava}[model.task](given, model, list(rows))
+
+
+def _clipcap(given: Inputs, model: Model, rows: list[int]) -> list[str]:
+    from gmail_cli.components import heads
+
+    chosen = given.profile.eval
+    captioner = heads.load_captioner(given.artifacts["train"].folder(model.folder))
+    vectors = tensor(given.images(model).vectors[rows])
+    return heads.generate_captions(captioner, vectors, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+
+def _llava(given: Inputs, model: Model, rows: list[int]) -> list[str]:
+    from gmail_cli.components import llava
+    from gmail_cli.components.encoders import pick_device
+
+    chosen = given.profile.eval
+    folder = given.artifacts["train"].folder(model.folder)
+    made = llava.load_llava(folder, device=pick_device(given.profile.runtime.device))
+    _check_encoder(given, model, str(made.about["encoder"]))
+    images = given.images(model)
+    if made.about["visual"] == "pooled":
+        tokens = tensor(images.vectors[rows])[:, None]
+    else:
+        tokens = _patches(given, [images.ids[row] for row in rows], grid=int(made.about["visual_grid"]))
+    prompts = [llava.caption_prompt(made)] * len(rows)
+    return llava.answer(made, prompts, tokens, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+
+def _check_encoder(given: Inputs, model: Model, digest: str) -> None:
+    """Refuse a model that was trained on the tokens of another f_r."""
+    header = given.tables[IMAGES].header
+    if header.flow == "real" and header.encoder_digest != digest:
+        raise InputError(
+            f"{model.name} was trained on tokens of encoder {digest[:12]}, the test images were embedded with "
+            f"{header.encoder} ({header.encoder_digest[:12]})",
+            hint="Embed the test images with the model.clip it was trained with.",
+        )
+
+
+def _patches(given: Inputs, ids: list[str], *, grid: int) -> Any:
+    """Patch tokens of test images, which the embeddings do not hold."""
+    import torch
+
+    from gmail_cli.components.encoders import patch_tokens
+
+    if given.test is None or not given.test.has_images:
+        hint = "Evaluate where the test images are, or train with --set train.visual=pooled."
+        raise InputError("LLaVA's patch tokens need the test images, and they are not at hand", hint=hint)
+    test, places = given.test, given.places
+    return torch.from_numpy(
+        patch_tokens(
+            given.encoder,
+            lambda i: test.image_bytes(places[ids[i]]),
+            len(ids),
+            grid=grid,
+            workers=given.profile.runtime.workers,
+        )
+    )
+
+
+def clip_scorer(given: Inputs) -> ClipScorer | None:
+    """Scores captions by the CLIP that embedded the test images; None (and a note) where it is not at hand."""
+    from gmail_cli.components import encoders
+
+    if not given.profile.eval.clip_score:
+        return None
+    model, seed = given.origins["model"], given.artifacts["embeddings"].manifest["key"]["seed"]
+    name, chosen = model["clip"], {"revision": model["revision"], "seed": seed}
+    images = given.tables[IMAGES]
+    try:
+        if encoders.model_digest(name, **chosen) != images.header.encoder_digest:
+            raise InputError(f"the test images did not go through {name} as it is now")
+        device = encoders.pick_device(given.profile.runtime.device)
+        clip = encoders.load_clip(name, device=device, **chosen)
+    except GmailError as error:
+        given.note(f"CLIPScore left out: {error.message}.")
+        return None
+    return ClipScorer(clip, images, given.references(), batch_size=given.profile.embed.batch_size)
+
+
+class ClipScorer:
+    """CLIPScore and RefCLIPScore of captions of the test images; the references are embedded once."""
+
+    def __init__(self, clip: Clip, images: Table, references: Mapping[str, Sequence[str]], *, batch_size: int) -> None:
+        self._clip, self._batch_size = clip, batch_size
+        self._names = [name for name in images.ids if name in references]
+        rows = {name: row for row, name in enumerate(images.ids)}
+        self._pictures = np.asarray(images.vectors[[rows[name] for name in self._names]], dtype=np.float32)
+        self._truths = self._embed([text for name in self._names for text in references[name]])
+        self._owners = np.repeat(np.arange(len(self._names)), [len(references[name]) for name in self._names])
+
+    def scores(self, predictions: Mapping[str, str]) -> dict[str, scoring.Scores]:
+        """The scores of one caption for each image that has references."""
+        captions = self._embed([predictions[name] for name in self._names])
+        return measure.clip_scores(self._pictures, captions=captions, references=self._truths, owners=self._owners)
+
+    def _embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
+        from gmail_cli.components import encoders
+
+        return encoders.embed_texts(self._clip, [PROMPT + text for text in texts], batch_size=self._batch_size)[0]
+
+
+def tensor(vectors: Float[np.ndarray, "rows dim"]) -> Any:
+    """The same as fp32 for torch."""
+    import torch
+
+    return torch.from_numpy(np.array(vectors, dtype=np.float32))
