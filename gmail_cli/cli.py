@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gmail_cli import __version__, shipped
+from gmail_cli.cli_compare import app as compare_app
 from gmail_cli.cli_gate import AnnotationsOption, BaselineOption, Gate, JunitOption, ToleranceOption
 from gmail_cli.cli_score import app as score_app
 from gmail_cli.cli_search import Flow, count
 from gmail_cli.cli_search import app as search_app
-from gmail_cli.errors import GmailError, InputError, SetupError, UsageError
+from gmail_cli.errors import GmailError, InputError, UsageError
 from gmail_cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ profile_app = typer.Typer(help="List, show, check and describe profiles.", no_ar
 artifacts_app = typer.Typer(
     help="List, show, verify and clean up artifacts.", no_args_is_help=True, rich_markup_mode=None
 )
+app.add_typer(compare_app)
 app.add_typer(search_app)
 app.add_typer(score_app, name="score")
 app.add_typer(profile_app, name="profile")
@@ -328,70 +330,6 @@ def eval_(
         now = evaluate.comparable_metrics(artifact, baseline=before, file=gate.baseline)
         hint = "Allow a fall with --tolerance METRIC=POINTS, or find what changed (gmail eval --dry-run)."
         gate.hold(now, baseline=before, suite="gmail.eval", title=f"gmail eval, {before['protocol']}", hint=hint)
-
-
-class TableFormat(str, Enum):
-    """How a table is written."""
-
-    TEXT = "text"
-    MARKDOWN = "markdown"
-    LATEX = "latex"
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[LABEL=]RUN...",
-            help="Names of runs, or eval artifacts; those that share a label are one system's seeds.",
-        ),
-    ],
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Metric to compare, or all; may be repeated. Default: the headline metrics."),
-    ] = None,
-    resamples: Annotated[int, typer.Option(min=100, metavar="N", help="Bootstrap resamples.")] = 2000,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, metavar="P", help="Level of the intervals.")] = 0.95,
-    format_: Annotated[TableFormat, typer.Option("--format", help="How the table is written.")] = TableFormat.TEXT,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Instead of a table, the metrics against the number of captions trained on, with a log-linear fit "
-            "(svg, png or pdf).",
-        ),
-    ] = None,
-    workspace: WorkspaceOption = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-) -> None:
-    """Compare evaluations: every other label against the first, paired by query, p-values after Holm."""
-    from gmail_cli.components import comparison
-    from gmail_cli.components.metrics.intervals import Bootstrap
-    from gmail_cli.stages import compare as stage
-
-    bootstrap = Bootstrap(draws=resamples, level=confidence)
-    if plot is not None:
-        from gmail_cli.components import scaling
-
-        if format_ is not TableFormat.TEXT:
-            raise UsageError(f"--format {format_.value} and --plot: there is no table", hint="Leave one of them out.")
-        curves = stage.scale(runs, root=workspace, metrics=metric or (), bootstrap=bootstrap)
-        picture = scaling.plot(curves, kind=plot.suffix.removeprefix("."))
-        try:
-            plot.write_bytes(picture)
-        except OSError as error:
-            hint = "Name a file in a folder that exists and can be written."
-            raise SetupError(f"cannot write --plot {plot}: {error.strerror}", hint=hint) from error
-        _say(f"plot: {plot}")
-        typer.echo(json.dumps(curves, allow_nan=False) if as_json else scaling.text(curves))
-        return
-    found = stage.run(runs, root=workspace, metrics=metric or (), bootstrap=bootstrap)
-    if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False, allow_nan=False))
-        return
-    write = {TableFormat.MARKDOWN: comparison.markdown, TableFormat.LATEX: comparison.latex}
-    typer.echo(write.get(format_, comparison.text)(found))
 
 
 @app.command(name="run")

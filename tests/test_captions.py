@@ -25,7 +25,7 @@ from PIL import Image
 
 from gmail_cli.components.captions import Dataset, Part, check_disjoint, read
 from gmail_cli.components.captions.parquet import RowGroups
-from gmail_cli.components.scenes import CLASS_NAMES
+from gmail_cli.components.scenes import CLASS_NAMES, COLOURS
 from gmail_cli.errors import InputError, UsageError
 
 
@@ -606,3 +606,15 @@ def test_row_groups_stay_within_their_budget(tmp_path: Path) -> None:
 def test_reading_captions_imports_no_torch() -> None:
     code = "import sys; from gmail_cli.components import captions; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_attributes_are_read_where_the_data_carry_them(tmp_path: Path) -> None:
+    record = {"image_id": 1, "caption": "a car", "attributes": {"weather": "rain", "year": 2020, "boxes": [1]}}
+    other = {"image_id": 2, "caption": "a bus", "attributes": ["no object"]}
+    lines = write_lines(tmp_path / "captions.jsonl", [record, other])
+    first, second = read(lines).images
+    assert dict(first.attributes) == {"weather": "rain", "year": "2020"}
+    assert second.attributes == ()
+    scene = dict(read("scenes:test", limit=1).images[0].attributes)
+    assert scene["colour"] in COLOURS
+    assert "class" not in scene

@@ -16,6 +16,7 @@ from gmail_cli.artifacts import StageKey, Workspace
 from gmail_cli.components import comparison, measure, scores
 from gmail_cli.components.comparison import Evaluation
 from gmail_cli.components.metrics.intervals import Bootstrap, paired_difference
+from gmail_cli.components.report import names
 from gmail_cli.components.scores import Cell, Scores
 from gmail_cli.errors import InputError, UsageError
 
@@ -178,7 +179,8 @@ def write(root: Path, run: str, correct: float, *, test_set: str = "t" * 64) -> 
         assert rows is not None
         slot.write_parquet("queries/one.parquet", rows)
         about = {"task": "clip-text", "arm": "real", "seed": 0, "dual_projection": False}
-        results = {"protocol": "p/1", "test_set": test_set, "seed": 0}
+        metrics = {"gap.generated-naive.paired_cosine": 0.52}
+        results = {"protocol": "p/1", "test_set": test_set, "seed": 0, "metrics": metrics}
         slot.write_json("results.json", {**results, "cells": [{**about, "queries": "queries/one.parquet"}]})
         return slot.commit(summary={}).path
 
@@ -213,3 +215,58 @@ def test_the_command_says_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.
         done = gmail("compare", *arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (3, "")
         assert message in done.stderr
+
+
+def classified(share: float, seed: int) -> Cell:
+    """A classifier that is right on about ``share`` of 90 images of one class and 30 of another, never of a third."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat([0, 2], [90, 30])
+    right = (rng.random(120) < share * np.repeat([0.9, 0.5], [90, 30])).astype(float)
+    found = {"m_mean_per_class_accuracy": Scores.per_class(right, labels=labels, classes=3, groups=np.arange(120))}
+    table = scores.to_parquet(found)
+    assert table is not None
+    return Cell(task="clip", arm="real", seed=0, scores=scores.from_parquet(table))
+
+
+def test_mean_per_class_accuracy_is_tested_in_pairs() -> None:
+    """Against a plain loop over draws, after it has been stored; two seeds of the second system."""
+    a, *b = (classified(share, seed) for share, seed in ((0.6, 0), (1.0, 1), (0.9, 2)))
+    runs = [evaluation("a", a), evaluation("b", b[0]), evaluation("b", b[1], seed=1)]
+    [row] = comparison.compare(runs, metrics=["m_mean_per_class_accuracy"], bootstrap=Bootstrap(draws=200))[
+        "comparisons"
+    ]
+    right = [each.scores["m_mean_per_class_accuracy"].columns.toarray()[:, :3].sum(axis=1) for each in (a, *b)]
+    labels = np.repeat([0, 2], [90, 30])
+
+    def mean(values: np.ndarray, rows: np.ndarray) -> float:
+        return float(np.mean([values[rows][labels[rows] == each].mean() for each in (0, 2)]))
+
+    drawn = np.random.default_rng(0).integers(120, size=(200, 120))
+    of_draw = [(mean(right[1], rows) + mean(right[2], rows)) / 2 - mean(right[0], rows) for rows in drawn]
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(of_draw, [0.025, 0.975])))
+    whole = np.arange(120)
+    assert row["difference"] == pytest.approx(
+        (mean(right[1], whole) + mean(right[2], whole)) / 2 - mean(right[0], whole)
+    )
+    assert row["p_value"] == pytest.approx(1 / 201)
+
+
+def test_the_report_of_runs_is_one_page_and_two_tables(tmp_path: Path) -> None:
+    for run, correct in (("first", 0.5), ("<b>second", 0.7)):
+        write(tmp_path / "runs", run, correct)
+    done = gmail("report", "first", "<b>second", "--output", "out", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{Path('out') / 'report.html'}\n"), done.stderr
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<b>second" not in page
+    assert "&lt;b&gt;second" in page
+    assert "script" not in page
+    assert "second against first: 1 measurably better, 0 worse, 0 without" in page
+    [row] = comparison.compare([evaluation("a", cell(0.5)), evaluation("b", cell(0.7))])["comparisons"]
+    assert f"{names.show('', row['difference'])} points above first" in page
+    assert f"{100 * row['difference']:+.2f}" in page
+    assert f"{100 * row['difference']:+.2f}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert r"\toprule" in (tmp_path / "out" / "report.tex").read_text(encoding="utf-8")
+    assert "0.520" in page, "the gap of each run"
+    refused = gmail("report", "first", "--output", "out/report.md", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (4, "")
+    assert "cannot write --output out/report.md" in refused.stderr

@@ -429,6 +429,12 @@ def test_every_model_is_measured(made: Artifact) -> None:
     assert {"linear-probe.generated-aligned.probe_top_1_accuracy", "clipcap.real+dual.cider"} <= set(found)
     assert {"clipcap.real.bleu_4", "clipcap.real.rouge_l"} <= set(found)
     assert found["gap.generated-aligned.paired_cosine"] > found["gap.generated-naive.paired_cosine"]
+    for name in ("centroid_distance", "covariance_distance", "maximum_mean_discrepancy", "neighbour_separability"):
+        assert found[f"gap.generated-aligned.{name}"] < found[f"gap.generated-naive.{name}"]
+    for name in ("precision", "recall", "coverage"):
+        assert found[f"gap.generated-naive.{name}"] <= found[f"gap.generated-aligned.{name}"] <= 1
+    assert found["gap.generated-naive.density"] < found["gap.generated-aligned.density"]
+    assert 1 < found["gap.generated-naive.vendi_score"] < found["gap.generated-aligned.vendi_score"] <= DIM
     rows = [row for row in results["rows"] if row["metric"] == "text_to_image_recall_at_1" and row["arm"] == "real"]
     assert [row["seed"] for row in rows] == [0, 1]
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
@@ -471,12 +477,16 @@ def test_the_report_is_whole(made: Artifact) -> None:
         "The gap between real and generated",
         "Recall at k",
         "By class",
+        "By attribute",
+        "colour: ",
+        "The generated images as a set",
         "Retrievals",
         "Captions",
     ):
         assert title in page
     assert "Real images and what was generated for them" in page
     assert "Training" in page
+    assert "Image-to-Text" in made.file("report.tex").read_text(encoding="utf-8")
     assert len(page) < 3_000_000
     assert made.summary["verdict"] in made.file("report.md").read_text(encoding="utf-8").replace("\\", "")
 
@@ -545,6 +555,17 @@ def test_the_gap_is_measured_on_pairs_held_out_of_alignment_where_they_are_enoug
         assert measure.modality_gap(real, generated=generated)["paired_cosine"].value == pytest.approx(
             expected, abs=1e-5
         )
+
+
+def test_the_gap_of_a_collapsed_encoder_and_of_few_images_leaves_out_what_is_not_defined() -> None:
+    rows = [{"id": str(row)} for row in range(30)]
+    flat = table("flat", np.ones((30, 8)), rows, "image", "real")
+    found = measure.modality_gap(flat, generated=flat)
+    assert "maximum_mean_discrepancy" not in found, "no scale"
+    assert found["vendi_score"].value == pytest.approx(1)
+    few = table("few", np.eye(8)[:5], rows[:5], "image", "real")
+    assert {"frechet_distance", "maximum_mean_discrepancy"} <= set(measure.modality_gap(few, generated=few))
+    assert "precision" not in measure.modality_gap(few, generated=few), "5 images have no 5 neighbours"
 
 
 def test_generating_from_test_captions_is_a_leak(world: World) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -166,3 +168,25 @@ def test_what_has_no_interval_is_refused() -> None:
         holm({"a": 1.5})
     with pytest.raises(InputError, match="empty"):
         seed_summary([])
+
+
+def test_sums_of_a_thousand_classes_need_bounded_memory() -> None:
+    """As many columns as ImageNet has classes, twice, for each of its test images: dense they would be 800 MB."""
+    from gmail_cli.components.scores import Scores
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1000, size=50_000)
+    right = (rng.random(50_000) < 0.5 + labels / 4000).astype(float)
+    scores = Scores.per_class(right, labels=labels, classes=1000, groups=np.arange(50_000))
+    tracemalloc.start()
+    low, high = scores.interval(Bootstrap(draws=100))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+    shares = np.array([right[labels == each].mean() for each in range(1000)])
+    assert scores.value == pytest.approx(shares.mean())
+    assert low is not None
+    assert high is not None
+    assert low < shares.mean() < high
+    width = 1.96 * np.sqrt((shares * (1 - shares) / np.bincount(labels)).sum()) / 1000
+    assert (high - low) / 2 == pytest.approx(width, rel=0.35)

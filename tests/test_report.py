@@ -364,3 +364,45 @@ def test_a_training_curve_is_averaged_to_a_readable_number_of_points() -> None:
     assert len(curve.x) == gallery.CURVE_POINTS
     assert np.mean(curve.y) == pytest.approx(0.5, abs=0.05)
     assert gallery.training_chart("t", {"none": []}) is None
+
+
+def test_breakdown_by_attribute_worked_by_hand() -> None:
+    seen = [{"colour": "red", "sky": "day"}, {"colour": "blue", "sky": "day"}, {"colour": "red"}, {"sky": "day"}]
+    values = {"real": np.array([1.0, 0.0, 0.5, np.nan]), "none": np.array([0.0, 0.0, 0.0, 1.0])}
+    found = gallery.attribute_breakdown("t", attributes=seen, values=values)
+    assert found is not None
+    assert found.labels == ("colour: blue", "colour: red"), "one sky is no breakdown"
+    assert found.counts == (1, 2), "the fourth image was not asked in every arm"
+    assert found.arms == {"none": (0.0, 0.0), "real": (0.0, 0.75)}
+    assert gallery.attribute_breakdown("t", attributes=[{}] * 4, values=values) is None
+
+
+def test_every_captioning_task_shows_its_captions() -> None:
+    def example(text: str) -> tuple[report.CaptionExample, ...]:
+        return (report.CaptionExample(None, ("a reference",), (("real", text),)),)
+
+    both = (("Captioning", example("says clipcap")), ("Captioning by LLaVA", example("says llava")))
+    text = Page(report.html(report.Report(title="t", results=document(), captions=both))).text
+    for wanted in ("says clipcap", "says llava", "Captioning by LLaVA"):
+        assert wanted in text
+
+
+def test_latex_tables_have_the_columns_of_the_paper() -> None:
+    cells = []
+    for arm, value in (("real", 0.5), ("none", 0.25)):
+        hits = Scores.mean(np.arange(40) < 40 * value, groups=np.arange(40))
+        names_ = [f"{way}_recall_at_{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5)]
+        cells.append(Cell(task="clip-text", arm=arm, scores=dict.fromkeys(names_, hits)))
+    results_ = document(*cells) | {"protocol": "a_b%"}
+    text = report.latex_tables(results_)
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert rows[0] == r" & \multicolumn{2}{c}{Image-to-Text} & \multicolumn{2}{c}{Text-to-Image} \\"
+    assert rows[1] == r" & R@1 & R@5 & R@1 & R@5 \\"
+    assert [row.split(" &")[0] for row in rows[2:]] == ["none", "real"]
+    assert all(row.count("&") == 4 for row in rows[1:])
+    assert r"\cmidrule(lr){2-3}" in text
+    assert r"\cmidrule(lr){4-5}" in text
+    assert "Image-to-Text R@1 | Image-to-Text R@5 | Text-to-Image R@1" in report.markdown(
+        report.Report(title="t", results=results_)
+    )
+    assert report.latex_tables(document()).startswith("% protocol")

@@ -194,29 +194,30 @@ def text(document: Mapping[str, Any]) -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([*lines, _basis(document)])
+    return "\n".join([*lines, basis(document)])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The table in Markdown."""
     rows = [COLUMNS, tuple("---" if column < 3 else "---:" for column in range(len(COLUMNS))), *table(document)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([*lines, "", _basis(document)])
+    return "\n".join([*lines, "", basis(document)])
 
 
 def latex(document: Mapping[str, Any]) -> str:
     """The table in LaTeX, for the ``booktabs`` package."""
     head, *rows = ([latex_text(cell) for cell in row] for row in [COLUMNS, *table(document)])
-    return f"{tabular('lllrrrrrrr', head=head, rows=rows)}\n% {_basis(document)}"
+    return f"{tabular('lllrrrrrrr', head=head, rows=rows)}\n% {basis(document)}"
 
 
-def _basis(document: Mapping[str, Any]) -> str:
+def basis(document: Mapping[str, Any]) -> str:
+    """What the numbers rest on, in a line."""
     level, draws, tests = document["confidence"], document["resamples"], len(document["comparisons"])
-    basis = f"protocol {document['protocol']}; times 100; {level:.0%} intervals by image, {draws} resamples"
+    about = f"protocol {document['protocol']}; times 100; {level:.0%} intervals by image, {draws} resamples"
     if not tests:
-        return basis
+        return about
     base = document["comparisons"][0]["baseline"]
-    return f"{basis}; differences to {base}, paired by query, p after Holm over {tests} tests"
+    return f"{about}; differences to {base}, paired by query, p after Holm over {tests} tests"
 
 
 def _points(value: float | None, *, signed: bool = False) -> str:

@@ -341,15 +341,13 @@ def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:
         linear = gap.linear_separability(a, generated=b, real_groups=owners, generated_groups=owners)
         near = gap.neighbour_separability(a, generated=b, real_groups=owners, generated_groups=owners)
         scores |= {"linear_separability": whole(linear), "neighbour_separability": whole(near)}
-    once = np.unique(owners, return_index=True)[1]
-    return scores | generated_set(a[once], generated=b[once])
+    return scores | generated_set(a, generated=b)
 
 
 def generated_set(real: Float[np.ndarray, "r dim"], *, generated: Float[np.ndarray, "g dim"]) -> dict[str, Scores]:
     """How good generated images are as a set: precision, recall, density, coverage, and the Vendi scores of both sets.
 
-    A real image that occurs several times would count as its own neighbour: give each once, and one generated image of
-    it. Nothing where there are too few for neighbours.
+    Nothing where there are too few for neighbours.
 
     Args:
         real: Unit rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from gmail_cli.components.comparison import Evaluation
 from gmail_cli.components.metrics.intervals import USUAL, Bootstrap
 from gmail_cli.components.scores import Cell
 from gmail_cli.errors import InputError
+
+_RESULTS = "results.json"
 
 
 def run(
@@ -33,14 +36,8 @@ def run(
         InputError: A run has no evaluation, one is named twice, or they do not fit each other.
         UsageError: An unknown metric.
     """
-    found = _named(runs, root)
-    names = [label or artifact.path.parent.parent.name for label, artifact in found]
-    labels = [
-        name if label or names.count(name) == 1 else f"{name}/{artifact.digest[:6]}"
-        for name, (label, artifact) in zip(names, found, strict=True)
-    ]
-    evaluations = [_read(label, artifact) for label, (_, artifact) in zip(labels, found, strict=True)]
-    return comparison.compare(evaluations, metrics=metrics, bootstrap=bootstrap)
+    found = _read(runs, root)
+    return comparison.compare([each for _, each in found], metrics=metrics, bootstrap=bootstrap)
 
 
 def scale(
@@ -63,10 +60,53 @@ def scale(
     """
     from gmail_cli.components.scaling import scaling
 
-    found = [
-        (_captions(artifact), _read(label or str(artifact.path), artifact)) for label, artifact in _named(runs, root)
-    ]
+    found = [(_captions(artifact), each) for artifact, each in _read(runs, root)]
     return scaling(found, metrics=metrics, bootstrap=bootstrap)
+
+
+def report(
+    runs: Sequence[str], *, root: Path, metrics: Sequence[str] = (), bootstrap: Bootstrap = USUAL
+) -> dict[str, str]:
+    """Evaluations side by side, to read and to print.
+
+    Args:
+        runs: As for :func:`run`.
+        root: As for :func:`run`.
+        metrics: As for :func:`run`.
+        bootstrap: As for :func:`run`.
+
+    Returns:
+        File name -> content: ``report.html``, with curves over the number of captions where the runs were trained on
+        different numbers of them, and the tables as ``report.md`` and ``report.tex``.
+
+    Raises:
+        InputError: As for :func:`run`.
+        UsageError: An unknown metric.
+    """
+    from gmail_cli.components.report import RunNote, runs_page
+    from gmail_cli.components.scaling import scaling
+
+    found = _read(runs, root)
+    document = comparison.compare([each for _, each in found], metrics=metrics, bootstrap=bootstrap)
+    curves = None
+    with contextlib.suppress(InputError):  # models that are gone, one size, or no model at every size
+        sizes = [(_captions(artifact), each) for artifact, each in found]
+        curves = scaling(sizes, metrics=metrics, bootstrap=bootstrap)
+    notes = [
+        RunNote(each.label, _origin(artifact), artifact.read_json(_RESULTS)["metrics"]) for artifact, each in found
+    ]
+    return {
+        "report.html": runs_page(document, scaling=curves, notes=notes),
+        "report.md": comparison.markdown(document) + "\n",
+        "report.tex": comparison.latex(document) + "\n",
+    }
+
+
+def _origin(artifact: Artifact) -> str:
+    manifest = artifact.manifest
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    about = f"{artifact.path}, {artifact.digest[:12]}, seed {manifest['key']['seed']}, made {manifest['created']}"
+    return f"{about}, {manifest['machine']}; {versions}"
 
 
 def _captions(artifact: Artifact) -> int:
@@ -109,10 +149,23 @@ def _evaluation(ref: str, root: Path) -> Artifact:
     return artifact
 
 
-def _read(label: str, artifact: Artifact) -> Evaluation:
+def _read(runs: Sequence[str], root: Path) -> list[tuple[Artifact, Evaluation]]:
+    """The evaluation that each names, and what is in it; without a label it bears the name of its run."""
+    named = _named(runs, root)
+    names = [label or artifact.path.parent.parent.name for label, artifact in named]
+    return [
+        (
+            artifact,
+            _evaluation_of(artifact, label or (name if names.count(name) == 1 else f"{name}/{artifact.digest[:6]}")),
+        )
+        for name, (label, artifact) in zip(names, named, strict=True)
+    ]
+
+
+def _evaluation_of(artifact: Artifact, label: str) -> Evaluation:
     import pyarrow.parquet as pq
 
-    results = artifact.read_json("results.json")
+    results = artifact.read_json(_RESULTS)
     cells = [
         Cell(
             task=row["task"],

@@ -8,6 +8,7 @@ classes scoring above the true one and ``e`` others equal to it, P(true class in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from gmail_cli.components.metrics.distinct import Distinct, inner_products
 from gmail_cli.errors import InputError, UsageError
 
 _BLOCK_CELLS = 1 << 22  # scores held at once
+_AGAIN = "Embed the set again."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -204,7 +206,12 @@ def zero_shot(
 ) -> Classification:
     """Classify images by their cosine with the class vectors of :func:`class_embeddings`."""
     _check_dims(vectors, class_vectors)
-    return classify(_products(vectors, class_vectors), labels=labels)
+    distinct = Distinct.of(class_vectors, order=np.arange(len(class_vectors)))
+
+    def scores(rows: slice) -> Float[np.ndarray, "rows classes"]:
+        return inner_products(vectors[rows], references=class_vectors, distinct=distinct)
+
+    return _classify(scores, shape=(len(vectors), len(class_vectors)), labels=labels)
 
 
 def classify(scores: Float[np.ndarray, "samples classes"], *, labels: Int[np.ndarray, " samples"]) -> Classification:
@@ -213,23 +220,33 @@ def classify(scores: Float[np.ndarray, "samples classes"], *, labels: Int[np.nda
     Raises:
         InputError: If labels do not fit the scores, or a score is not finite.
     """
-    if scores.ndim != 2 or not scores.size or not np.isfinite(scores).all():
-        raise InputError(
-            f"class scores of shape {scores.shape} are empty or not finite; expected [samples, classes]",
-            hint="Embed the set again.",
-        )
-    labels = _check_labels(labels, len(scores), scores.shape[1])
-    own = scores[np.arange(len(scores)), labels][:, None]
-    best = scores == scores.max(axis=1, keepdims=True)
-    predicted = best / best.sum(axis=1, keepdims=True)
-    confusion = np.zeros((scores.shape[1], scores.shape[1]))
-    np.add.at(confusion, labels, predicted)
-    return Classification(
-        labels=labels,
-        greater=(scores > own).sum(axis=1),
-        tied=(scores == own).sum(axis=1) - 1,
-        confusion=confusion,
-    )
+    return _classify(scores.__getitem__, shape=scores.shape, labels=labels)
+
+
+def _classify(
+    scores_of: Callable[[slice], Float[np.ndarray, "rows classes"]],
+    *,
+    shape: tuple[int, ...],
+    labels: Int[np.ndarray, " samples"],
+) -> Classification:
+    """:func:`classify` with the scores of some samples at a time: memory does not grow with their number."""
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"class scores of shape {shape} are empty; expected [samples, classes]", hint=_AGAIN)
+    samples, classes = shape
+    labels = _check_labels(labels, samples, classes)
+    greater, tied = np.empty((2, samples), dtype=np.int64)
+    confusion = np.zeros((classes, classes))
+    step = max(1, _BLOCK_CELLS // classes)
+    for rows in (slice(start, min(start + step, samples)) for start in range(0, samples, step)):
+        scores, own = scores_of(rows), labels[rows]
+        if not np.isfinite(scores).all():
+            raise InputError(f"class scores of shape {shape} are not finite", hint=_AGAIN)
+        true = scores[np.arange(len(scores)), own][:, None]
+        greater[rows] = (scores > true).sum(axis=1)
+        tied[rows] = (scores == true).sum(axis=1) - 1
+        sample, best = np.nonzero(scores == scores.max(axis=1, keepdims=True))
+        np.add.at(confusion, (own[sample], best), 1 / np.bincount(sample)[sample])
+    return Classification(labels=labels, greater=greater, tied=tied, confusion=confusion)
 
 
 def _products(

@@ -18,7 +18,9 @@ from gmail_cli.components.report.records import (
     Picture,
     PictureRow,
     Report,
+    RunNote,
 )
+from gmail_cli.components.report.runs import runs_page
 from gmail_cli.components.report.thumbnails import thumbnail
 from gmail_cli.components.report.verdict import Verdict, verdict
 
@@ -31,11 +33,13 @@ __all__ = [
     "Picture",
     "PictureRow",
     "Report",
+    "RunNote",
     "Verdict",
     "html",
     "latex_tables",
     "markdown",
     "metric_label",
+    "runs_page",
     "search_page",
     "serve_page",
     "task_title",

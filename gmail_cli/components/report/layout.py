@@ -44,7 +44,7 @@ def paper_tables(results: Mapping[str, Any]) -> tuple[PaperTable, ...]:
     ks = sorted({int(row["metric"].rpartition("_")[2]) for row in results["aggregates"] if _is_recall(row["metric"])})
     layouts: tuple[tuple[str, tuple[Group, ...]], ...] = (
         (
-            "captioning (Table 1)",
+            "caption metrics (Table 1)",
             (
                 (
                     "",

@@ -16,7 +16,15 @@ from gmail_cli.components.report.records import Picture, Report
 from gmail_cli.components.report.verdict import outcome_of, verdict
 from gmail_cli.components.scores import HEADLINES
 
-_TEMPLATES = ("page.html.j2", "pictures.html.j2", "report.html.j2", "search.html.j2", "serve.html.j2", "report.md.j2")
+_TEMPLATES = (
+    "page.html.j2",
+    "pictures.html.j2",
+    "report.html.j2",
+    "search.html.j2",
+    "serve.html.j2",
+    "report.md.j2",
+    "runs.html.j2",
+)
 
 
 def html(report: Report) -> str:
@@ -41,7 +49,7 @@ def search_page(query: str, hits: Sequence[tuple[str, str, float]], thumbnails: 
         (*hit, None if thumbnail is None else Picture(thumbnail))
         for hit, thumbnail in zip(hits, thumbnails, strict=True)
     ]
-    return _environment().get_template("search.html.j2").render(query=query, hits=rows)
+    return environment().get_template("search.html.j2").render(query=query, hits=rows)
 
 
 def serve_page(
@@ -82,7 +90,7 @@ def serve_page(
         for hit, address in hits or ()
     ]
     return (
-        _environment()
+        environment()
         .get_template("serve.html.j2")
         .render(
             title=title,
@@ -102,7 +110,7 @@ def serve_page(
 def _render(template: str, report: Report) -> str:
     results = report.results
     return (
-        _environment()
+        environment()
         .get_template(template)
         .render(
             report=report,
@@ -156,7 +164,8 @@ def _headline_charts(results: Mapping[str, Any]) -> list[tuple[str, Markup]]:
                     (
                         title,
                         plots.interval_chart(
-                            [(row["arm"], *value) for row, value in zip(rows, values, strict=True)], label=title
+                            [(row["arm"], row["arm"], *value) for row, value in zip(rows, values, strict=True)],
+                            label=title,
                         ),
                     )
                 )
@@ -176,7 +185,8 @@ def _read(name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates, with what they call."""
     environment = Environment(
         loader=DictLoader({name: _read(name) for name in _TEMPLATES}),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),

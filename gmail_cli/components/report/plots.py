@@ -77,6 +77,11 @@ def line_chart(chart: Chart) -> Markup:
             marker = "o" if len(curve.x) <= 12 else ""
             axes.plot(curve.x, curve.y, color=colour, linewidth=1.9, marker=marker, markersize=4.5, label=curve.label)
         axes.set_xlabel(chart.x_label)
+        if chart.log_x:
+            sizes = sorted({x for curve in chart.curves for x in curve.x})
+            axes.set_xscale("log")
+            axes.set_xticks(sizes, labels=[f"{x:,.0f}" for x in sizes])
+            axes.minorticks_off()
         axes.margins(x=0.01)
         last = {id(line): float(np.asarray(line.get_ydata())[-1]) for line in axes.lines}
         lines = sorted(axes.lines, key=lambda line: -last[id(line)])
@@ -88,21 +93,21 @@ def line_chart(chart: Chart) -> Markup:
     return _svg(draw, label=f"{chart.title}: {chart.y_label}", height=270)
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float, float]], *, label: str) -> Markup:
-    """One row per arm: a dot at the value, a line over its interval, the value written beside it.
+def interval_chart(rows: Sequence[tuple[str, str, float, float, float]], *, label: str) -> Markup:
+    """One row per model: a dot at the value, a line over its interval, the value written beside it.
 
     Args:
-        rows: (arm, value, low, high), values in the unit to show.
+        rows: (name, arm, value, low, high), values in the unit to show.
         label: What is shown, for screen readers.
     """
 
     def draw(axes: Axes) -> None:
-        for y, (arm, value, low, high) in enumerate(rows):
+        for y, (_, arm, value, low, high) in enumerate(rows):
             axes.plot([low, high], [y, y], color=_colour(arm), linewidth=2.2, alpha=0.55, solid_capstyle="round")
             axes.plot([value], [y], color=_colour(arm), marker="o", markersize=8)
             beside = axes.get_yaxis_transform()
             axes.text(1.1, y, f"{value:.1f}", transform=beside, ha="right", va="center", color=_COLOURS["ink"])
-        _name_rows(axes, [arm for arm, *_ in rows], colours=[_colour(arm) for arm, *_ in rows])
+        _name_rows(axes, [name for name, *_ in rows], colours=[_colour(arm) for _, arm, *_ in rows])
 
     return _svg(draw, label=label, height=len(rows) * 24 + 26)
 

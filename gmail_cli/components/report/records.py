@@ -65,12 +65,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over one pair of axes."""
+    """Curves over one pair of axes; ``log_x`` marks their own positions on a logarithmic axis."""
 
     title: str
     x_label: str
     y_label: str
     curves: tuple[Curve, ...]
+    log_x: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,15 @@ class Breakdown:
     labels: tuple[str, ...]
     counts: tuple[int, ...]
     arms: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """One evaluation of a page over several runs: its label, where it comes from, and its metrics by full name."""
+
+    label: str
+    origin: str
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
