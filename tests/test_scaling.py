@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import gmail
-from test_compare import cell, evaluation
+from test_compare import captioned, cell, evaluation
 
 from gmail_cli.artifacts import StageKey, Workspace
 from gmail_cli.components import scaling, scores
@@ -87,3 +87,14 @@ def test_the_command_draws_the_curve(tmp_path: Path) -> None:
     refused = gmail("compare", *runs, "--plot", "curve.doc", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (UsageError.exit_code, "")
     assert "cannot be a 'doc'" in refused.stderr
+
+
+def test_a_metric_of_a_whole_set_has_a_slope_too() -> None:
+    runs = [
+        (size, evaluation(str(size), captioned(words)))
+        for size, words in ((10, "a red ball on sand"), (1000, "a red ball on the grass"))
+    ]
+    [curve] = scaling.scaling(runs, metrics=["bleu_4"], bootstrap=Bootstrap(draws=200))["curves"]
+    low, high = (point["value"] for point in curve["points"])
+    assert curve["slope"] == pytest.approx((high - low) / 2)
+    assert 0 < curve["slope_low"] < curve["slope"] < curve["slope_high"]

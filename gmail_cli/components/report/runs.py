@@ -63,9 +63,9 @@ def _headlines(document: Mapping[str, Any]) -> list[str]:
     return found or [", ".join(dict.fromkeys(row["label"] for row in document["runs"]))]
 
 
-def _findings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _findings(document: Mapping[str, Any]) -> list[tuple[Outcome, str]]:
     """(better or worse, a sentence) for each measurable difference."""
-    found = []
+    found: list[tuple[Outcome, str]] = []
     for row in document["comparisons"]:
         metric, outcome = row["metric"], _outcome(row, document)
         if outcome != "unclear":
