@@ -46,8 +46,8 @@ VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
     "generate": 2,
     "align": 4,
-    "train": 2,
-    "embed": 2,
+    "train": 3,
+    "embed": 3,
     "index": 2,
     "eval": 3,
 }

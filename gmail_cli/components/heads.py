@@ -302,7 +302,18 @@ def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.f
             f"the language model {ref!s} cannot be loaded: {error}",
             hint="Give tiny, a folder in transformers format, or a hub id with train.lm.",
         ) from error
+    _fuse_gelu(lm)
     return lm.eval(), tokenizer
+
+
+def _fuse_gelu(lm: nn.Module) -> None:
+    """GPT-2's GELU is the tanh approximation spelt out in eight operations; torch has it as one."""
+    from transformers.activations import NewGELUActivation
+
+    for module in lm.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def load_captioner(folder: Path) -> Captioner:
