@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmail_cli.components import hub
 from gmail_cli.errors import InputError, SetupError
 
 Mapping: TypeAlias = Literal["mlp", "transformer"]
@@ -298,10 +299,10 @@ def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.f
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or None)
         lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
-        raise SetupError(
-            f"the language model {ref!s} cannot be loaded: {error}",
-            hint="Give tiny, a folder in transformers format, or a hub id with train.lm.",
-        ) from error
+        reason, hint = str(error), "Give tiny, a folder in transformers format, or a hub id with train.lm."
+        if revision:
+            reason, hint = hub.explain(error, place, revision=revision)
+        raise SetupError(f"the language model {ref!s} cannot be loaded: {reason}", hint=hint) from error
     _fuse_gelu(lm)
     return lm.eval(), tokenizer
 
