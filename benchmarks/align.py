@@ -104,7 +104,9 @@ def stage_step(given: Profile, root: Path, generated: Artifact) -> float:
     return (at[steps] - at[WARM]) / (steps - WARM)
 
 
-def loop_step(step: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], *, rows: int, batch: int, steps: int):
+def loop_step(
+    step: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], *, rows: int, batch: int, steps: int
+) -> float:
     """CPU seconds of a step of a plain training loop."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def accuracies(embeddings: Artifact, train: Artifact) -> dict[str, tuple[float, 
             scores = images @ np.asarray(table.vectors, dtype=np.float32).T
             names = np.array([row["label"] for row in table.rows])
         right = names[scores.argmax(axis=1)] == labels
-        found[cell["name"]] = tuple(float(part.mean()) for part in (right, right[new], right[~new]))
+        found[cell["name"]] = float(right.mean()), float(right[new].mean()), float(right[~new].mean())
     return found
 
 

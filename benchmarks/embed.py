@@ -156,7 +156,7 @@ def peak(options: argparse.Namespace) -> None:
         stage(profile_for(file, options, test_limit=1000), clip)  # whatever is loaded on first use
         profile = profile_for(file, options)
         dataset = embed._read(profile)
-        embed._read = lambda _profile: dataset
+        embed._read = lambda profile: dataset
         dataset.fingerprint  # noqa: B018 (kept by the data set)
         Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")

@@ -38,7 +38,7 @@ def start(stage: str, *, folder: Path, options: list[str]) -> subprocess.Popen[s
 def finish(process: subprocess.Popen[str], *, folder: Path) -> Artifact:
     output, _ = process.communicate()
     if process.returncode:
-        sys.exit(f"{process.args} ended with {process.returncode}")
+        sys.exit(f"{process.args!r} ended with {process.returncode}")
     return Artifact.load(folder / output.strip())
 
 

@@ -38,6 +38,7 @@ def preloaded(program: Path, *, environment: Mapping[str, str]) -> Iterator[None
             assert server.poll() is None, "the process that imports ahead has died"
             time.sleep(0.05)
         program.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+        program.chmod(0o755)
         yield
     finally:
         server.kill()

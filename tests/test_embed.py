@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 from small_clips import VIT
 
-from gmail_cli import artifacts
 from gmail_cli import profile as profiles
-from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace
+from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, disk
 from gmail_cli.components import captions as reader
 from gmail_cli.components import encoders, tables
 from gmail_cli.components.images import GeneratedSet
@@ -229,14 +228,14 @@ def test_shards_move_no_row(sharded: Artifact, whole: Artifact):
 
 def _embed_until_killed(at: int, profile: Profile, workspace: Workspace, inputs: dict[str, Artifact]) -> None:
     """Embed, and die at the ``at``-th time that something is flushed to disk and not yet renamed."""
-    flush, left = artifacts._fsync, itertools.count(at - 1, -1)
+    flush, left = disk.fsync, itertools.count(at - 1, -1)
 
     def deadly(path: Path) -> None:
         if next(left) == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         flush(path)
 
-    artifacts._fsync = deadly
+    disk.fsync = deadly
     embed.run(profile, workspace, **inputs)
 
 

@@ -141,6 +141,14 @@ def test_a_probe_needs_labels() -> None:
 # -- captioner ---------------------------------------------------------------------------------------------------
 
 
+def test_gpt2_with_its_gelu_in_one_operation_computes_what_transformers_loads(lm_folder: Path) -> None:
+    lm, tokenizer = load_lm(lm_folder)
+    tokens = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    plain = AutoModelForCausalLM.from_pretrained(lm_folder).eval()
+    assert type(lm.transformer.h[0].mlp.act) is torch.nn.GELU
+    torch.testing.assert_close(lm(tokens).logits, plain(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("mapping", "tune_lm"), [("mlp", True), ("transformer", True), ("mlp", False)])
 def test_a_captioner_learns_its_captions(lm_folder: Path, tmp_path: Path, *, mapping: str, tune_lm: bool) -> None:
     lm, tokenizer = load_lm(lm_folder)

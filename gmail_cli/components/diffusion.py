@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from gmail_cli.components import hub
 from gmail_cli.errors import InputError, SetupError, UsageError
 
 if TYPE_CHECKING:
@@ -165,19 +165,13 @@ def load_pipeline(
                 place, dtype=getattr(torch, dtype), use_safetensors=True, **options
             )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = _first_line(error)
         if folder:
             raise InputError(
-                f"generate.model = {model!r} is not a complete diffusers pipeline: {reason}",
+                f"generate.model = {model!r} is not a complete diffusers pipeline: {_first_line(error)}",
                 hint="save it again with pipeline.save_pretrained(folder, safe_serialization=True)",
             ) from error
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
-            reason = "HF_HUB_OFFLINE is set and the hub cache does not hold all of it"
-        at = f" --revision {revision}" if revision else ""
-        raise SetupError(
-            f"generate.model = {model!r} (revision {revision or 'newest'}) could not be loaded from the hub: {reason}",
-            hint=f"where there is a network run `hf download {model}{at}`, or set generate.model to a local folder",
-        ) from error
+        reason, hint = hub.explain(error, model, revision=revision)
+        raise SetupError(f"generate.model = {model!r} cannot be loaded: {reason}", hint=hint) from error
     if scheduler != "default":
         pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
     if lora:

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Float16, Int, UInt8
 from torch import Tensor, nn
 
-from gmail_cli.components import transformers_models
+from gmail_cli.components import hub, transformers_models
 from gmail_cli.components.images import Preprocess, batches
 from gmail_cli.components.pixels import normalised
 from gmail_cli.errors import InputError, SetupError, UsageError
@@ -530,28 +530,29 @@ def _clip(
 
 
 def _download(repository: str, *, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(repository, revision=revision or None))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        hint = "Check the network, or fill the hub cache on a machine that has one."
-        raise SetupError(f"hf-hub:{repository} cannot be fetched: {error}", hint=hint) from error
+        return hub.fetch(repository, revision=revision, weights=(WEIGHTS_FILE, *_OTHER_WEIGHTS))
+    except (HfHubHTTPError, OSError) as error:
+        reason, hint = hub.explain(error, repository, revision=revision)
+        raise SetupError(f"hf-hub:{repository} cannot be loaded: {reason}", hint=hint) from error
 
 
 def _download_tag(tag: Mapping[str, Any], *, ref: str, revision: str) -> Path:
     import open_clip
 
+    repository, _, filename = str(tag.get("hf_hub", "")).rpartition("/")
     try:
-        if tag.get("hf_hub"):
-            repository, _, filename = str(tag["hf_hub"]).rpartition("/")
+        if repository:
             options = {"filename": filename} if filename else {}
             return Path(open_clip.download_pretrained_from_hf(repository, revision=revision or None, **options))
         return Path(open_clip.download_pretrained(dict(tag)))
     except (OSError, RuntimeError) as error:
-        hint = "Check the network, or fill the hub cache on a machine that has one."
-        raise SetupError(f"the weights of {ref} cannot be fetched: {error}", hint=hint) from error
+        reason, hint = str(error), "Check the network, or fill the cache on a machine that has one."
+        if repository:
+            reason, hint = hub.explain(error, repository, revision=revision)
+        raise SetupError(f"the weights of {ref} cannot be loaded: {reason}", hint=hint) from error
 
 
 def _canonical(value: Any) -> bytes:

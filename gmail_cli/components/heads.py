@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmail_cli.components import hub
 from gmail_cli.errors import InputError, SetupError
 
 Mapping: TypeAlias = Literal["mlp", "transformer"]
@@ -298,11 +299,22 @@ def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.f
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or None)
         lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
-        raise SetupError(
-            f"the language model {ref!s} cannot be loaded: {error}",
-            hint="Give tiny, a folder in transformers format, or a hub id with train.lm.",
-        ) from error
+        reason, hint = str(error), "Give tiny, a folder in transformers format, or a hub id with train.lm."
+        if revision:
+            reason, hint = hub.explain(error, place, revision=revision)
+        raise SetupError(f"the language model {ref!s} cannot be loaded: {reason}", hint=hint) from error
+    _fuse_gelu(lm)
     return lm.eval(), tokenizer
+
+
+def _fuse_gelu(lm: nn.Module) -> None:
+    """GPT-2's GELU is the tanh approximation spelt out in eight operations; torch has it as one."""
+    from transformers.activations import NewGELUActivation
+
+    for module in lm.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def load_captioner(folder: Path) -> Captioner:

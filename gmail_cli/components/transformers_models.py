@@ -119,8 +119,9 @@ class Tokenizer:
 
 
 def is_transformers(folder: Path) -> bool:
-    """Whether a folder is in transformers format."""
-    return (folder / CONFIG_FILE).is_file() and (folder / PREPROCESS_FILE).is_file()
+    """Whether a folder is in transformers format; one that is also in open_clip's counts as that."""
+    there = {name for name in (CONFIG_FILE, PREPROCESS_FILE, "open_clip_config.json") if (folder / name).is_file()}
+    return there == {CONFIG_FILE, PREPROCESS_FILE}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ of real and generated training images are embedded to measure the modality gap b
 
     test-images  test-texts  test-classes       the given set: f_r (or f_g) and the text tower that f_r came with
     train-images                                labelled training images through the same encoder (embed.train_count)
-    test-images@<cell>  ...                     a trained cell's own towers, where they differ
+    test-images@<cell>  ...                     a trained cell's own towers, where they differ from CLIP's
     gap-real  gap-generated-naive  gap-generated-aligned      partners row by row: f_r, f_r and f_g
 
 A table is embedded in shards of ``embed.shard_rows`` rows. Each is written when it is there, whole or absent, and
@@ -506,7 +506,7 @@ class _Plan:
             yield from self._gap(space)
         if "train" in self.inputs:
             for row in self.inputs["train"].read_json("cells.json"):
-                if row["task"] in TEXT_TASKS:
+                if row["task"] in TEXT_TASKS and (row["task"], row["arm"]) != ("clip-text", "none"):
                     yield from self._cell(row, shared=space)
 
     def _space(self) -> str:

@@ -1,0 +1,87 @@
+"""Folders and files outside the layout, written for others to read: whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from gmail_cli.artifacts import disk
+from gmail_cli.errors import SetupError, UsageError
+
+EXPORTED = "images.parquet"
+"""The last file of an export."""
+
+
+def export_folder(target: Path, writer: Callable[[Path], object]) -> None:
+    """Write a folder of the user's through ``writer(empty temporary folder)``; whole or absent.
+
+    Args:
+        target: A folder that does not exist yet, or is empty.
+        writer: Fills a folder.
+
+    Raises:
+        UsageError: The folder holds something.
+        SetupError: It cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"{target} is there already", hint="Name a new or empty folder.")
+        temporary.mkdir(parents=True)
+        writer(temporary)
+        for file in disk.scan(temporary):
+            disk.fsync(temporary / file)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except OSError as error:
+        hint = "Name a folder on a disk that has room and can be written."
+        raise SetupError(f"cannot write {target}: {error.strerror or error}", hint=hint) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object]]]) -> None:
+    """Write files of the user's one after another, the last of which says that all are there.
+
+    A folder appears whole (:func:`export_folder`). At an fsspec URL each file is put where it belongs when it is
+    complete, and nothing is renamed there: an export that was cut short lacks the last file and is written over.
+
+    Args:
+        target: A folder that does not exist yet or is empty, or a URL such as ``s3://bucket/folder``.
+        files: Name and writer of each, taken one at a time.
+
+    Raises:
+        UsageError: The folder holds something; at the URL there is a complete export.
+        SetupError: It cannot be written.
+    """
+    if "://" not in target:
+
+        def writer(folder: Path) -> None:
+            for name, write in files:
+                write(folder / name)
+
+        export_folder(Path(target), writer)
+        return
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(target)
+    except (ImportError, ValueError) as error:
+        raise SetupError(f"cannot open {target}: {error}", hint="Install the package of its protocol.") from error
+    try:
+        with tempfile.TemporaryDirectory() as local:
+            if system.exists(f"{root}/{EXPORTED}"):
+                raise UsageError(f"{target} is there already", hint="Name a new folder.")
+            system.makedirs(root, exist_ok=True)
+            for name, write in files:
+                path = Path(local, name)
+                write(path)
+                system.put_file(str(path), f"{root}/{name}")
+                path.unlink()
+    except OSError as error:
+        hint = "Check the address and the rights to write there."
+        raise SetupError(f"cannot write {target}: {error}", hint=hint) from error

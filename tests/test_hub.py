@@ -1,0 +1,140 @@
+"""Weights from a hub: one on this machine that speaks the hub's protocol, asked by the real commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+from local_hub import Hub, commit_of, local_hub
+from preloaded import preloaded
+
+from gmail_cli.artifacts import Artifact, Workspace
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "gmail_cli" / "weights" / "tiny"
+NOWHERE = "0" * 40
+OF_TRANSFORMERS = ("config.json", "preprocessor_config.json")
+SMALL = (
+    *("data.train_limit=6", "data.test_limit=4", "generate.steps=1", "align.steps=1", "align.batch_size=4"),
+    *("align.validation=0", "train.steps=1", "train.batch_size=4", 'train.tasks=["clipcap"]'),
+    *('train.arms=["real", "generated-aligned"]', "embed.gap_count=2", "eval.clip_score=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The shipped models; the CLIP as many are kept: for transformers too, and with weights in every format."""
+    clip = tmp_path_factory.mktemp("repository") / "clip"
+    shutil.copytree(WEIGHTS / "clip", clip)
+    for name in OF_TRANSFORMERS:
+        (clip / name).write_text('{"model_type": "clip"}')
+    for name in ("pytorch_model.bin", "tf_model.h5", "model.safetensors"):
+        (clip / name).write_bytes(b"not read")
+    return {"small/clip": clip, "small/pipeline": WEIGHTS / "pipeline", "small/lm": WEIGHTS / "lm"}
+
+
+@pytest.fixture(scope="module")
+def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
+    with local_hub(repositories) as running:
+        yield running
+
+
+Gmail: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("user")
+
+
+@pytest.fixture(scope="module")
+def gmail(hub: Hub, user: Path) -> Iterator[Gmail]:
+    """The command, with the hub and an empty cache."""
+    found = {"HF_ENDPOINT": hub.url, "HF_HOME": str(user / "home"), "HF_HUB_OFFLINE": "0"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command, env = [str(user / "gmail"), *arguments], {**os.environ, **found}
+        return subprocess.run(command, cwd=user, env=env, capture_output=True, text=True, timeout=600, check=False)
+
+    with preloaded(user / "gmail", environment=found):
+        yield run
+
+
+def _settings(*pairs: str) -> list[str]:
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+def test_a_run_from_hub_weights_is_the_run_from_the_same_weights_on_disk(
+    hub: Hub, gmail: Gmail, user: Path, repositories: dict[str, Path]
+) -> None:
+    commits = {name: commit_of(folder) for name, folder in repositories.items()}
+    models = (
+        *("generate.model=small/pipeline", f"generate.revision={commits['small/pipeline']}"),
+        *("model.clip=hf-hub:small/clip", f"model.revision={commits['small/clip']}"),
+        *("train.lm=small/lm", f"train.lm_revision={commits['small/lm']}"),
+    )
+    runs = {}
+    for name, given in (("hub", models), ("disk", ())):
+        done = gmail("run", "tiny", "--run", name, *_settings(*SMALL, *given))
+        assert done.returncode == 0, done.stderr
+        runs[name] = Workspace(user / "runs", name)
+    fetched = list(hub.served)
+    assert {line.partition("@")[0] for line in fetched} == set(repositories)
+    clip = {line.rpartition("/")[2] for line in fetched if line.startswith("small/clip@")}
+    assert clip == {*OF_TRANSFORMERS, *(path.name for path in (WEIGHTS / "clip").iterdir())}, "one file of weights"
+    for stage, kind in (("generate", ".png"), ("align", ".safetensors"), ("train", ".safetensors")):
+        hubs, disks = (_latest(runs[name], stage) for name in ("hub", "disk"))
+        assert hubs.digest != disks.digest
+        assert _hashes(hubs, kind) == _hashes(disks, kind), stage
+    found = [_latest(run, "eval").read_json("results.json")["aggregates"] for run in runs.values()]
+    assert [row["mean"] for row in found[0]] == [row["mean"] for row in found[1]]
+    again = gmail("generate", "--profile", "tiny", "--limit", "2", *_settings("generate.steps=2", *models[:2]))
+    assert again.returncode == 0, again.stderr
+    assert hub.served == fetched, "what was fetched once is in the cache"
+
+
+def _latest(run: Workspace, stage: str) -> Artifact:
+    found = run.latest(stage)
+    assert found is not None
+    return found
+
+
+def _hashes(artifact: Artifact, kind: str) -> dict[str, str]:
+    found = {name: entry["sha256"] for name, entry in artifact.files.items() if name.endswith(kind)}
+    assert found, artifact.path
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "repository", "why"),
+    [
+        ("generate --set generate.model=small/pipeline --set generate.revision=NO", "small/pipeline", "revision"),
+        ("generate --set generate.model=small/no --set generate.revision=NO", "small/no", "repository"),
+        ("embed --set model.clip=hf-hub:small/clip --set model.revision=NO", "small/clip", "revision"),
+        (
+            "train --task clipcap --arm real --set train.lm=small/no --set train.lm_revision=NO",
+            "small/no",
+            "repository",
+        ),
+    ],
+)
+def test_what_the_hub_lacks_is_named(gmail: Gmail, arguments: str, repository: str, why: str) -> None:
+    stage, *others = arguments.replace("=NO", f"={NOWHERE}").split()
+    done = gmail(stage, "--profile", "tiny", *others)
+    assert done.returncode == 4
+    error, hint = done.stderr.strip().splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert repository in error
+    reason, advice = {
+        "revision": (f"it has no revision '{NOWHERE}'", "Give a commit or a tag of that repository."),
+        "repository": (
+            "the hub has no such repository",
+            "Check the name; to see a private one, log in with `hf auth login`, or set HF_TOKEN.",
+        ),
+    }[why]
+    assert error.endswith(f" cannot be loaded: {reason}")
+    assert hint == f"hint: {advice}"
