@@ -323,6 +323,11 @@ def test_breakdown_puts_the_most_helped_label_first() -> None:
     assert found.counts == (2, 1, 1)
     assert found.arms["generated-aligned"] == (1.0, 1.0, 0.0)
     assert gallery.breakdown("t", labels=["a"] * 4, values=correct) is None
+    many = np.arange(100)
+    ends = gallery.breakdown("t", labels=[f"{each:02}" for each in many], values={"real": many / 100})
+    assert ends is not None
+    assert ends.title == "t (the first and the last 20 of 100)"
+    assert ends.labels == (*(f"{each:02}" for each in many[:20]), *(f"{each:02}" for each in many[-20:]))
 
 
 def test_clouds_share_their_plane_and_their_real_points() -> None:

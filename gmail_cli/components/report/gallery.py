@@ -24,7 +24,7 @@ CLOUD_POINTS = 500
 CURVE_POINTS = 160
 """Most points of a training curve; longer ones are averaged in equal stretches."""
 MOST_LABELS = 40
-"""Most classes of a breakdown."""
+"""Most classes that a breakdown shows."""
 MOST_VALUES = 16
 """Most values of an attribute of a breakdown."""
 
@@ -51,6 +51,8 @@ def breakdown(
 ) -> Breakdown | None:
     """A metric by label, most helped by alignment first; None for fewer than two labels.
 
+    Of more than ``MOST_LABELS`` labels the two ends are shown.
+
     Args:
         title: What is measured.
         labels: The label of each test image.
@@ -58,12 +60,16 @@ def breakdown(
     """
     asked = _asked(values)
     found = np.unique(np.array(labels)[asked], return_inverse=True)
-    if not 2 <= len(found[0]) <= MOST_LABELS:
+    if len(found[0]) < 2:
         return None
     shares, counts = _by_label(found[1], values, rows=asked)
     aligned, naive = shares.get("generated-aligned"), shares.get("generated-naive")
     gain = aligned - naive if aligned is not None and naive is not None else -next(iter(shares.values()))
-    return _breakdown(title, found[0], shares, counts, order=np.argsort(-gain, kind="stable"))
+    order, half = np.argsort(-gain, kind="stable"), MOST_LABELS // 2
+    if len(order) > MOST_LABELS:
+        title = f"{title} (the first and the last {half} of {len(order):,})"
+        order = np.concatenate([order[:half], order[-half:]])
+    return _breakdown(title, found[0], shares, counts, order=order)
 
 
 def attribute_breakdown(
