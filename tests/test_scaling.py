@@ -15,6 +15,7 @@ from gmail_cli.artifacts import StageKey, Workspace
 from gmail_cli.components import scaling, scores
 from gmail_cli.components.metrics.intervals import Bootstrap
 from gmail_cli.errors import InputError, UsageError
+from gmail_cli.stages import compare
 
 METRIC = "text_to_image_recall_at_1"
 SIZES = {1000: 0.4, 3000: 0.5, 10000: 0.75}
@@ -64,7 +65,7 @@ def _evaluated(root: Path, run: str, *, captions: int, correct: float) -> None:
         assert rows is not None
         slot.write_parquet("queries/one.parquet", rows)
         about = {"task": "clip-text", "arm": "real", "seed": 0, "dual_projection": False}
-        results = {"protocol": "p/1", "test_set": "t" * 64, "seed": 0}
+        results = {"protocol": "p/1", "test_set": "t" * 64, "seed": 0, "metrics": {}}
         slot.write_json("results.json", {**results, "cells": [{**about, "queries": "queries/one.parquet"}]})
         slot.commit(summary={})
 
@@ -77,6 +78,11 @@ def test_the_command_draws_the_curve(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"clip-text.real  {METRIC}  ")
     assert " at 1,000 captions, " in done.stdout
+    page = compare.report(runs, root=tmp_path / "runs")["report.html"]
+    assert "By the number of captions trained on" in page
+    assert ">10,000</text>" in page
+    alone = compare.report(runs[:1], root=tmp_path / "runs")["report.html"]
+    assert "By the number of captions" not in alone
     picture = (tmp_path / "curve.svg").read_text()
     assert "captions trained on" in picture
     assert "<script" not in picture
