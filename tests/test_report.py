@@ -380,6 +380,10 @@ def test_breakdown_by_attribute_worked_by_hand() -> None:
     assert found.counts == (1, 2), "the fourth image was not asked in every arm"
     assert found.arms == {"none": (0.0, 0.0), "real": (0.0, 0.75)}
     assert gallery.attribute_breakdown("t", attributes=[{}] * 4, values=values) is None
+    many = [{f"a{each}": side for each in range(90)} for side in ("x", "y", "x", "y")]
+    shown = gallery.attribute_breakdown("t", attributes=many, values=values)
+    assert shown is not None
+    assert len(shown.labels) == gallery.MOST_ROWS
 
 
 def test_every_captioning_task_shows_its_captions() -> None:

@@ -27,6 +27,8 @@ MOST_LABELS = 40
 """Most classes that a breakdown shows."""
 MOST_VALUES = 16
 """Most values of an attribute of a breakdown."""
+MOST_ROWS = 80
+"""Most values of all its attributes together."""
 
 Thumbnails = Callable[[str], bytes | None]
 """Id of a test image -> its thumbnail, where the image is at hand."""
@@ -77,6 +79,8 @@ def attribute_breakdown(
 ) -> Breakdown | None:
     """A metric by the value of each attribute that has several, attribute by attribute; None without any.
 
+    The first attributes that fit into ``MOST_ROWS`` rows are shown.
+
     Args:
         title: What is measured.
         attributes: Name -> value of each test image. An attribute that an image lacks passes over it.
@@ -86,7 +90,7 @@ def attribute_breakdown(
     for name in dict.fromkeys(name for each in attributes for name in each):
         rows = np.array([row for row in asked if name in attributes[row]], dtype=np.int64)
         labels, place = np.unique([attributes[row][name] for row in rows], return_inverse=True)
-        if 2 <= len(labels) <= MOST_VALUES:
+        if 2 <= len(labels) <= MOST_VALUES and sum(len(part[0]) for part in parts) + len(labels) <= MOST_ROWS:
             shares, counts = _by_label(place, values, rows=rows)
             parts.append(([f"{name}: {label}" for label in labels], shares, counts))
     if not parts:
