@@ -86,11 +86,13 @@ def attribute_breakdown(
         attributes: Name -> value of each test image. An attribute that an image lacks passes over it.
         values: As in :func:`breakdown`.
     """
-    asked, parts = _asked(values), []
+    asked, rows_shown = _asked(values), 0
+    parts: list[tuple[list[str], dict[str, np.ndarray], np.ndarray]] = []
     for name in dict.fromkeys(name for each in attributes for name in each):
         rows = np.array([row for row in asked if name in attributes[row]], dtype=np.int64)
         labels, place = np.unique([attributes[row][name] for row in rows], return_inverse=True)
-        if 2 <= len(labels) <= MOST_VALUES and sum(len(part[0]) for part in parts) + len(labels) <= MOST_ROWS:
+        if 2 <= len(labels) <= MOST_VALUES and rows_shown + len(labels) <= MOST_ROWS:
+            rows_shown += len(labels)
             shares, counts = _by_label(place, values, rows=rows)
             parts.append(([f"{name}: {label}" for label in labels], shares, counts))
     if not parts:
