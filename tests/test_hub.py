@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     clip = tmp_path_factory.mktemp("repository") / "clip"
     shutil.copytree(WEIGHTS / "clip", clip)
     for name in OF_TRANSFORMERS:
-        (clip / name).write_text('{"model_type": "clip"}')
+        (clip / name).write_text(json.dumps({"model_type": "clip", "file": name}))
     for name in ("pytorch_model.bin", "tf_model.h5", "model.safetensors"):
         (clip / name).write_bytes(b"not read")
     return {"small/clip": clip, "small/pipeline": WEIGHTS / "pipeline", "small/lm": WEIGHTS / "lm"}
