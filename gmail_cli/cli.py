@@ -511,12 +511,12 @@ def artifacts_export(
     """Write images as WebDataset tars and a Parquet table, or embeddings in clip-retrieval's folder layout."""
     from gmail_cli.artifacts import Artifact
     from gmail_cli.stages import embed
-    from gmail_cli.stages import generate as stage
+    from gmail_cli.stages.generate import exporting
 
     artifact = Artifact.load(path)
     if artifact.stage == "generate":
         with Progress() as progress:
-            stage.export(artifact, folder, shard_images=shard_images, progress=progress.task("export"))
+            exporting.export(artifact, folder, shard_images=shard_images, progress=progress.task("export"))
         typer.echo(folder)
         return
     left_out = embed.export(artifact, Path(folder))
@@ -549,7 +549,7 @@ def artifacts_verify(
     problems = [(artifact, problem) for artifact in found for problem in artifact.verify()]
     if regenerate is not None:
         from gmail_cli import profile as profiles
-        from gmail_cli.stages import generate as stage
+        from gmail_cli.stages.generate import checking
 
         drawn = [each for each in found if each.stage == "generate"]
         if not drawn:
@@ -559,7 +559,9 @@ def artifacts_verify(
         chosen = profiles.load(profile, overrides=overrides or [])
         with Progress() as progress:
             for artifact in drawn:
-                found_now = stage.regenerate(chosen, artifact, count=regenerate, progress=progress.task("regenerate"))
+                found_now = checking.regenerate(
+                    chosen, artifact, count=regenerate, progress=progress.task("regenerate")
+                )
                 problems += [(artifact, problem) for problem in found_now]
     for artifact, problem in problems:
         typer.echo(f"{_shown(artifact.path)}: {problem}")
@@ -691,11 +693,11 @@ def _inputs(
 def _estimate(context: _Context, batches: int) -> None:
     """What generating would make and cost."""
     from gmail_cli import plan
-    from gmail_cli.stages import generate as stage
+    from gmail_cli.stages.generate import checking
 
     profile, space = context.load()
     steps = plan.steps(profile, space, stages=["generate"])
-    told = stage.estimate(profile, batches=batches)
+    told = checking.estimate(profile, batches=batches)
     context.print_plan(steps, estimate=told)
     if context.as_json:
         return

@@ -66,7 +66,7 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
     kind: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gmail_cli.stages.generate.SHARD", 2)
+    monkeypatch.setattr("gmail_cli.stages.generate.drawing.SHARD", 2)
     rows = [{"image_id": noun, "caption_id": noun, "caption": f"a {noun} on a table"} for noun in NOUNS]
     for name, order in (("captions", rows), ("reversed", rows[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
