@@ -812,6 +812,8 @@ def _announce(artifact: Artifact, reused: bool) -> None:
     for key in ("verdict", "note"):
         if artifact.summary.get(key):
             _say(f"  {artifact.summary[key]}")
+    if artifact.stage == "generate" and "report.html" in artifact.files:
+        _say(f"  report: {_shown(artifact.path / 'report.html')}")
     if artifact.stage == "index":
         from gmail_cli.stages import index as stage
 

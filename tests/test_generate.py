@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gmail_cli.artifacts import Artifact, Waiting, Workspace
-from gmail_cli.components import diffusion
+from gmail_cli.components import diffusion, quality
 from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import Generate, Profile, build
 from gmail_cli.stages import generate
@@ -690,7 +690,7 @@ def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact
     assert artifact.verify() == []
     drawn = generate.run(scored_profile(pipeline_folder, score=False), workspace)
     rows, plain = artifact.read_jsonl("records.jsonl"), drawn.read_jsonl("records.jsonl")
-    new = {"clip_score", "twin_similarity", "partner_similarity"}
+    new = {*quality.COLUMNS, "copy_of"}
     assert [{key: value for key, value in row.items() if key not in new} for row in rows] == plain
     assert generate.plan_key(scored_profile(pipeline_folder)).digest == artifact.digest
     clip = encoders.load_clip("tiny")
@@ -705,6 +705,8 @@ def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact
         assert row["clip_score"] == pytest.approx(2.5 * max(0, images[at] @ texts[at]), abs=1e-5)
         assert row["twin_similarity"] == pytest.approx(max(twins), abs=1e-5)
         assert row["partner_similarity"] == pytest.approx(images[at] @ partners[owners.index(row["owner"])], abs=1e-5)
+        assert row["copy_similarity"] == pytest.approx((images[at] @ partners.T).max(), abs=1e-5)
+        assert row["copy_of"] == owners[int((images[at] @ partners.T).argmax())]
     assert artifact.summary["clip_score"]["mean"] == pytest.approx(
         sum(row["clip_score"] for row in rows) / 12, abs=1e-5
     )
@@ -725,7 +727,7 @@ def test_the_best_are_kept_and_the_others_recorded_without_drawing_again(
         row for row in rows if row not in kept
     ]
     assert {row["reason"] for row in rejected} == {"not among the 1 best of its caption"}
-    assert set(best.files) == {"records.jsonl", "rejected.jsonl", *(row["path"] for row in kept)}
+    assert set(best.files) == {"records.jsonl", "rejected.jsonl", "report.html", *(row["path"] for row in kept)}
     assert best.verify() == []
     assert (best.summary["images"], best.summary["rejected"], best.summary["captions"]) == (4, 8, 4)
 

@@ -1,4 +1,4 @@
-"""What an evaluation looks like: one self-contained HTML page, Markdown, and a page of search results.
+"""What an evaluation looks like: one self-contained HTML page, Markdown; and pages of search results and of images.
 
 Records and results in, text out. Every string that comes from data is escaped; the pages hold no script and
 forbid any through their content security policy.
@@ -6,8 +6,9 @@ forbid any through their content security policy.
 
 from __future__ import annotations
 
+from gmail_cli.components.report.generated import generated_set
 from gmail_cli.components.report.names import task_title
-from gmail_cli.components.report.pages import html, markdown, search_page, serve_page
+from gmail_cli.components.report.pages import generated_page, html, markdown, search_page, serve_page
 from gmail_cli.components.report.records import (
     Breakdown,
     CaptionExample,
@@ -31,6 +32,8 @@ __all__ = [
     "PictureRow",
     "Report",
     "Verdict",
+    "generated_page",
+    "generated_set",
     "html",
     "markdown",
     "search_page",

@@ -1,22 +1,28 @@
-"""What is done with images that are there: scores, and which to keep, each an artifact of its own."""
+"""What is done with images that are there: scores, and which to keep, each an artifact of its own with a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, canonical_json
 from gmail_cli.errors import InputError
 from gmail_cli.profile import Generate, Profile
-from gmail_cli.stages import sources
+from gmail_cli.stages import features, sources
 from gmail_cli.stages.generate.drawing import RECORDS, Progress
 from gmail_cli.stages.generate.planning import Record, limit_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from gmail_cli.components.captions import Dataset
+    from gmail_cli.components.encoders import Clip
 
 REJECTED = "rejected.jsonl"
+REPORT = "report.html"
+SCORES = 2
+"""Version of the scores and their report: raised when they say something else of the same images."""
 
 
 def filtered(generate: Generate) -> bool:
@@ -35,11 +41,11 @@ def scored_key(profile: Profile, drawn: StageKey) -> StageKey:
 
     clip = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     inputs = {**drawn.inputs, "drawn": drawn.digest}
-    real = _partners(profile)
+    real = partners(profile)
     if real is not None:
         inputs["partners"] = real.fingerprint
     return replace(
-        drawn, settings={**drawn.settings, "score": True}, inputs=inputs, models={**drawn.models, "clip": clip}
+        drawn, settings={**drawn.settings, "score": SCORES}, inputs=inputs, models={**drawn.models, "clip": clip}
     )
 
 
@@ -52,7 +58,7 @@ def _key_in(artifact: Artifact) -> StageKey:
     return StageKey(**{name: value for name, value in artifact.manifest["key"].items() if name != "version"})
 
 
-def _partners(profile: Profile) -> Dataset | None:
+def partners(profile: Profile) -> Dataset | None:
     """The real images that drawn captions describe, where they are at hand."""
     if profile.generate.source == "import":
         return None
@@ -73,11 +79,10 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
             bare = next(each for each in images.rows if not each.caption)
             raise InputError(f"image {bare.key!r} has no caption to score it by", hint="Set generate.score = false.")
         device = encoders.pick_device(profile.runtime.device)
-        real = _partners(profile)
-        row_of = {image.id: row for row, image in enumerate(real.images)} if real else {}
-        partners = [row_of[each.owner] for each in images.rows] if real else []
-        clip: encoders.Clip | None = None
         parts = quality.chunks([f"{each.caption_id} {each.caption}" for each in images.rows])
+        clip: Clip | None = None
+        real = partners(profile)
+        held: quality.RealImages | None = None
         for part in parts:
             log = slot.log(f"scores/{part.start:09d}")
             with log.claim() as mine:
@@ -85,6 +90,13 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
                     clip = clip or encoders.load_clip(
                         profile.model.clip, revision=profile.model.revision, device=device, seed=profile.seed
                     )
+                    if real is not None and held is None:
+                        row_of = {image.id: row for row, image in enumerate(real.images)}
+                        held = quality.RealImages(
+                            [image.id for image in real.images],
+                            _embedded(profile, workspace, slot, clip, real),
+                            [row_of[each.owner] for each in images.rows],
+                        )
                     log.keep(0)
                     log.append(
                         quality.score(
@@ -92,8 +104,7 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
                             part,
                             image_bytes=images.image_bytes,
                             captions=captions,
-                            partner_bytes=real.image_bytes if real else None,
-                            partners=partners,
+                            real=held,
                             workers=profile.runtime.workers,
                         )
                     )
@@ -106,10 +117,29 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
         slot.write_jsonl(RECORDS, rows)
         told = {
             name: quality.summarise(values)
-            for name in ("clip_score", "twin_similarity", "partner_similarity")
+            for name in quality.COLUMNS
             if (values := [row[name] for row in rows if row[name] is not None])
         }
-        return slot.commit(summary={**drawn.summary, **told}, device=encoders.describe_device(device))
+        summary = {**drawn.summary, **told}
+        slot.write_text(REPORT, _report(slot.key, drawn, summary, rows, rejected=(), real=real))
+        return slot.commit(summary=summary, device=encoders.describe_device(device))
+
+
+def _embedded(profile: Profile, workspace: Workspace, slot: Slot, clip: Clip, real: Dataset) -> np.ndarray:
+    """Every real image through f_r, kept for whoever asks next."""
+    from gmail_cli.components import encoders
+
+    identities = tuple(str(each) for each in real.image_identities)
+    wanted = features.Features(
+        images=identities, what="real images", encoder=profile.model.clip, encoder_digest=clip.digest
+    )
+
+    def embed(start: int, stop: int) -> np.ndarray:
+        return encoders.embed_images(
+            clip, lambda row: real.image_bytes(start + row), stop - start, workers=profile.runtime.workers
+        )
+
+    return features.load(wanted, workspace, slot, embed=embed, device=encoders.describe_device(clip.device))
 
 
 def _choose(profile: Profile, workspace: Workspace, scored: Artifact) -> Artifact:
@@ -138,7 +168,51 @@ def _choose(profile: Profile, workspace: Workspace, scored: Artifact) -> Artifac
             "rejected": len(rejected),
             "captions_without_image": len({row["caption_id"] for row in rejected} - captions),
         }
+        page = _report(slot.key, scored, summary, kept, rejected=rejected, real=partners(profile))
+        slot.write_text(REPORT, page)
         return slot.commit(summary=summary, device=scored.manifest["device"])
+
+
+def _report(
+    key: StageKey,
+    origin: Artifact,
+    summary: Mapping[str, Any],
+    rows: Sequence[Record],
+    *,
+    rejected: Sequence[Record],
+    real: Dataset | None,
+) -> str:
+    """The page on a set, with images from the artifact it was made of."""
+    from gmail_cli.components import report
+
+    places = {image.id: row for row, image in enumerate(real.images)} if real else {}
+
+    def real_bytes(owner: str) -> bytes | None:
+        return real.image_bytes(places[owner]) if real and owner in places else None
+
+    return report.generated_page(
+        report.generated_set(
+            rows,
+            rejected=rejected,
+            summary=summary,
+            image_bytes=lambda row: origin.file(row["path"]).read_bytes(),
+            real_bytes=real_bytes,
+            provenance=tuple(_provenance(key, origin)),
+        )
+    )
+
+
+def _provenance(key: StageKey, origin: Artifact) -> Iterator[tuple[str, str]]:
+    yield "artifact", key.digest
+    for kind, named in (("model", key.models), ("input", key.inputs)):
+        for name, digest in sorted(named.items()):
+            yield f"{kind} {name}", digest
+    for name, value in sorted(key.settings.items()):
+        yield f"generate.{name}", value if isinstance(value, str) else canonical_json(value)
+    yield "seed", str(key.seed)
+    manifest = origin.manifest
+    yield "made of", f"{origin.digest[:12]}, made {manifest['created']}, {manifest['machine']}, {manifest['device']}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
 
 
 def _adopt_all(slot: Slot, origin: Artifact, records: Sequence[Record]) -> None:
