@@ -362,13 +362,14 @@ CHANGES: dict[str, Any] = {
     "scheduler": "EulerDiscreteScheduler",
     "steps": 3,
     "guidance": 4.0,
-    "prompt_template": "a photo of {caption}",
+    "prompt_template": ["a photo of {caption}", "{caption}"],
     "negative_prompt": "bad",
     "batch_size": 3,
     "format": "jpg",
 }
 OTHERWISE_TESTED = {
     *("score", "min_clip_score", "keep_best"),
+    *("mix", "strength"),
     "source",
     "import_path",
     "model",

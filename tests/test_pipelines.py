@@ -92,6 +92,33 @@ def test_captions_longer_than_the_text_encoders_are_marked(kind: str, folders: P
     assert [drawn.truncated for drawn in next(sampler.draw(jobs))] == [False, True]
 
 
+@pytest.mark.parametrize("kind", ["sd2", "sdxl", "sd3", "flux"], indirect=True)
+def test_images_that_begin_as_real_ones_are_the_same_bytes_too(kind: str, folders: Path) -> None:
+    from gmail_cli.components.scenes import scene_bytes
+
+    def begins(owner: str) -> bytes:
+        return scene_bytes("train", NOUNS.index(owner), size=40)
+
+    pipeline = diffusion.load_pipeline(str(folders / kind), image_to_image=True)
+    size = 16 if kind == "flux" else 0
+    sampling = dataclasses.replace(SAMPLING, steps=4, strength=0.5, height=size, width=size)
+    sampler = diffusion.Sampler(pipeline, sampling=sampling, begins=begins)
+    assert sampler.reuses_encodings
+    jobs = [diffusion.Job(noun, f"a {noun}", k, noun) for noun in NOUNS[:3] for k in range(2)]
+
+    def drawn(jobs: list[diffusion.Job]) -> dict[diffusion.Job, bytes]:
+        return {each.job: each.pixels.tobytes() for batch in sampler.draw(jobs) for each in batch}
+
+    whole = drawn(jobs)
+    assert len(set(whole.values())) == 6
+    assert drawn(jobs[::-1]) == whole
+    assert drawn(jobs[4:5]) == {jobs[4]: whole[jobs[4]]}
+    moved = [dataclasses.replace(job, owner=NOUNS[4]) for job in jobs]
+    assert not set(drawn(moved).values()) & set(whole.values())
+    sampler.reuses_encodings = False
+    assert drawn(jobs) == whole
+
+
 @pytest.mark.parametrize("kind", ["flux"], indirect=True)
 def test_noise_that_is_not_an_images_own_stops_the_run(kind: str, folders: Path) -> None:
     pipeline = diffusion.load_pipeline(str(folders / kind))

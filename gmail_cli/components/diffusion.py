@@ -15,7 +15,7 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from gmail_cli.errors import InputError, SetupError, UsageError
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Bool, Float, UInt8
+    from PIL import Image
     from torch import Tensor
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
@@ -46,6 +47,10 @@ ENCODED = {
     "PixArtAlphaPipeline": _MASKED,
     "PixArtSigmaPipeline": _MASKED,
     "SanaPipeline": _MASKED,
+    "StableDiffusionImg2ImgPipeline": _PLAIN,
+    "StableDiffusionXLImg2ImgPipeline": _POOLED,
+    "StableDiffusion3Img2ImgPipeline": _POOLED,
+    "FluxImg2ImgPipeline": ("prompt_embeds", "pooled_prompt_embeds", ""),
 }
 """Pipelines whose text encodings are reused, and the arguments that take what their ``encode_prompt`` returns, in order
 (an empty name: nothing takes it)."""
@@ -59,11 +64,13 @@ class Job:
         caption_id: Identity of the caption; part of the seed.
         prompt: The text given to the generator; part of the seed.
         k: Which of the caption's images this is, from 0; part of the seed.
+        owner: The real image that the caption describes, where drawing begins with it.
     """
 
     caption_id: str
     prompt: str
     k: int
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class Sampling:
         height: Pixels; 0 for the pipeline's own.
         width: Pixels; 0 for the pipeline's own.
         batch_size: Rows in every call of the pipeline, padded when fewer remain.
+        strength: Share of the noise that is laid on a real image to begin with; 0 begins with noise alone.
         seed: Part of every image's seed.
     """
 
@@ -86,6 +94,7 @@ class Sampling:
     height: int = 0
     width: int = 0
     batch_size: int = 8
+    strength: float = 0.0
     seed: int = 0
 
 
@@ -126,6 +135,7 @@ def load_pipeline(
     device: str = "cpu",
     lora: str = "",
     lora_scale: float = 1.0,
+    image_to_image: bool = False,
 ) -> Any:
     """Load a diffusers text-to-image pipeline, ready to sample.
 
@@ -137,11 +147,13 @@ def load_pipeline(
         device: Name of a torch device.
         lora: A ``.safetensors`` file of LoRA weights in diffusers' format, added into the weights; empty for none.
         lora_scale: Factor of their update.
+        image_to_image: Give the pipeline of the same family that begins with an image.
 
     Raises:
         InputError: A folder that is not a pipeline; LoRA weights that are missing or not made for it.
         SetupError: A hub id that cannot be loaded here.
-        UsageError: A scheduler that does not suit the pipeline, or a dtype that does not suit the device.
+        UsageError: A scheduler that does not suit the pipeline, a dtype that does not suit the device, or a family
+            that cannot begin with an image.
     """
     import diffusers
     import torch
@@ -182,8 +194,27 @@ def load_pipeline(
         pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
     if lora:
         _add_lora(pipeline, lora, scale=lora_scale)
+    if image_to_image:
+        pipeline = _image_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _image_to_image(pipeline: Any) -> Any:
+    """The pipeline that begins with an image, of the same family and parts.
+
+    Raises:
+        UsageError: Diffusers has none.
+    """
+    import diffusers
+
+    try:
+        return diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UsageError(
+            f"generate.strength: diffusers has no pipeline beside {type(pipeline).__name__} that begins with an image",
+            hint="Set generate.strength to 0, or take Stable Diffusion 1, 2, 3, SDXL or FLUX.",
+        ) from error
 
 
 def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
@@ -263,11 +294,13 @@ class Sampler:
     Args:
         pipeline: What `load_pipeline` returned.
         sampling: How to draw.
+        begins: Encoded bytes of the real image of a job's ``owner``, for a ``strength`` above 0.
     """
 
-    def __init__(self, pipeline: Any, *, sampling: Sampling) -> None:
+    def __init__(self, pipeline: Any, *, sampling: Sampling, begins: Callable[[str], bytes] | None = None) -> None:
         self.pipeline = pipeline
         self.sampling = sampling
+        self._begins = begins
         self._encodings: _Encodings | None = None
         self.reuses_encodings = type(pipeline).__name__ in ENCODED
         self.accepted = inspect.signature(pipeline.__call__).parameters
@@ -345,6 +378,8 @@ class Sampler:
         ]
         given = encode([job.prompt for job, _ in rows])
         given |= self._size()
+        if sampling.strength:
+            given |= {"image": [self._beginning(job) for job, _ in rows], "strength": sampling.strength}
         before = torch.get_rng_state()
         try:
             images = self.pipeline(
@@ -383,10 +418,25 @@ class Sampler:
         """Arguments that ask for images of just the size that is wanted."""
         height, width = self.sampling.height, self.sampling.width
         if "use_resolution_binning" not in self.accepted:
-            return {"height": height, "width": width} if height else {}
+            return {"height": height, "width": width} if height and "height" in self.accepted else {}
         # PixArt and Sana draw at the nearest size they were trained on and scale; Sana's own size is not its model's
         own = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
         return {"height": height or own, "width": width or own, "use_resolution_binning": False}
+
+    def _beginning(self, job: Job) -> Image.Image:
+        """The real image of a job, its middle cut to the shape that is drawn and scaled to it."""
+        from PIL import Image, ImageOps
+
+        from gmail_cli.components.images import decode
+
+        assert self._begins is not None, "nobody said where images begin"
+        height, width = self.sampling.height, self.sampling.width
+        if not height:
+            network = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+            units = network.config.get("sample_size") or self.pipeline.default_sample_size
+            height = width = units * self.pipeline.vae_scale_factor
+        real = decode(self._begins(job.owner), name=f"the real image {job.owner!r}")
+        return ImageOps.fit(real, (width, height), method=Image.Resampling.BICUBIC)
 
     def _truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt is cut by every tokenizer of the pipeline."""

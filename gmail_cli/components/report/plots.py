@@ -137,7 +137,7 @@ def histogram_chart(histogram: Histogram, *, bins: int = 40) -> Markup:
         axes.grid(visible=False, axis="x")
         axes.set_ylabel("images")
         axes.locator_params(axis="x", nbins=6)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="y", integer=True)
 
     return _svg(draw, label=f"histogram: {histogram.title}", height=190)
 

@@ -14,7 +14,7 @@ from gmail_cli.profile import Profile
 from gmail_cli.stages import sources
 from gmail_cli.stages.generate.choosing import afterwards, chosen_key, filtered, scored_key
 from gmail_cli.stages.generate.drawing import Progress, Work
-from gmail_cli.stages.generate.planning import key_of, planned_images, read
+from gmail_cli.stages.generate.mixing import Mixture
 
 
 def plan_key(profile: Profile) -> StageKey:
@@ -24,9 +24,7 @@ def plan_key(profile: Profile) -> StageKey:
         InputError: Captions or images that are missing or corrupt.
         UsageError: A hub model without its revision.
     """
-    dataset = read(profile)
-    plan = planned_images(profile, dataset)
-    key = key_of(profile, dataset, plan)
+    key = _work(profile).key
     generate = profile.generate
     if generate.score or filtered(generate):
         key = scored_key(profile, key)
@@ -56,9 +54,7 @@ def run(profile: Profile, workspace: Workspace, *, progress: Progress | None = N
         UsageError: Settings that do not fit the model.
         KeyboardInterrupt: After Ctrl-C, when the batch in progress is on disk.
     """
-    work = Work(profile)
-    with workspace.open(work.key) as slot:
-        made = slot.artifact if slot.done else work.finish(slot, progress=progress)
+    made = _work(profile).make(workspace, progress=progress)
     return afterwards(profile, workspace, made, progress=progress)
 
 
@@ -79,16 +75,10 @@ def run_part(
     Raises:
         UsageError: As ``run``; or i is not one of 1 to n.
     """
-    number, parts = part
-    sources.require_part(number, parts)
-    work = Work(profile)
-    with workspace.open(work.key, shared=True) as slot:
-        if not slot.done:
-            count = len(work.shards)
-            work.fill(slot, work.shards[count * (number - 1) // parts : count * number // parts], progress=progress)
-            waiting = Waiting(work.key, sum(work.log(slot, shard).is_complete() for shard in work.shards), count)
-            if waiting.done < waiting.shards:
-                return waiting
-    with workspace.open(work.key) as slot:
-        made = slot.artifact if slot.done else work.finish(slot, progress=None)
-    return afterwards(profile, workspace, made, progress=None)
+    sources.require_part(*part)
+    made = _work(profile).make_part(workspace, part=part, progress=progress)
+    return made if isinstance(made, Waiting) else afterwards(profile, workspace, made, progress=None)
+
+
+def _work(profile: Profile) -> Work | Mixture:
+    return Mixture(profile) if profile.generate.mix else Work(profile)

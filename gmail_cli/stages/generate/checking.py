@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import time
 
 from gmail_cli.artifacts import Artifact
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile import Generate, Profile
 from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work, encode, load_sampler
-from gmail_cli.stages.generate.planning import AFTERWARDS, Record, models_of, prompt
+from gmail_cli.stages.generate.mixing import Mixture
+from gmail_cli.stages.generate.planning import (
+    AFTERWARDS,
+    Record,
+    drawn_by,
+    generators,
+    models_of,
+    prompt,
+    read,
+    templates_of,
+)
 
 ACROSS_DEVICES = 2.0
 """Mean absolute difference of pixels, of 255, that another kind of device may make."""
@@ -28,15 +39,30 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
     Raises:
         UsageError: Imported images are not drawn.
     """
-    import time
-
-    work = Work(profile)
-    told: Record = {"images": len(work.plan), "captions": work.plan.captions}
+    mixture = Mixture(profile) if profile.generate.mix else None
+    works = list(mixture.works.values()) if mixture else [Work(profile)]
+    plan = mixture.plan if mixture else works[0].plan
+    told: Record = {"images": len(plan), "captions": plan.captions}
     if not batches:
         return told
     if profile.generate.source == "import":
         raise UsageError("--warm-up: imported images are not drawn", hint="Leave --warm-up out.")
-    generate, sampler = profile.generate, work.sampler()
+    seconds = size = 0.0
+    for work in works:
+        each_seconds, each_size = _cost(work, batches)
+        seconds += each_seconds * len(work.plan)
+        size += each_size * len(work.plan)
+    return told | {
+        "seconds_per_image": seconds / len(plan),
+        "seconds": seconds,
+        "bytes_per_image": int(size / len(plan)),
+        "bytes": int(size),
+    }
+
+
+def _cost(work: Work, batches: int) -> tuple[float, int]:
+    """Seconds and bytes of an image of one generator, from a few batches."""
+    generate, sampler = work.profile.generate, work.sampler()
 
     def draw(count: int) -> list[int]:
         """Bytes of each image of so many batches."""
@@ -46,14 +72,7 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
     draw(1)  # it also sets things up
     started = time.perf_counter()
     written = draw(min(batches, -(-len(work.plan) // generate.batch_size)))
-    seconds = (time.perf_counter() - started) / len(written)
-    size = sum(written) // len(written)
-    return told | {
-        "seconds_per_image": seconds,
-        "seconds": seconds * len(work.plan),
-        "bytes_per_image": size,
-        "bytes": size * len(work.plan),
-    }
+    return (time.perf_counter() - started) / len(written), sum(written) // len(written)
 
 
 def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Progress | None = None) -> list[str]:
@@ -84,35 +103,59 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
         )
     artifact.require_version()
     key = artifact.manifest["key"]
-    own = {name: value for name, value in key["settings"].items() if name not in ("name", "source", *AFTERWARDS)}
-    profile = profile.model_copy(
-        update={"generate": profile.generate.model_copy(update=own | {"source": "pipeline"}), "seed": key["seed"]}
-    )
-    there = models_of(profile.generate)
-    for name, setting, what in (("generator", "model", "pipeline"), ("lora", "lora", "LoRA")):
-        if there.get(name) != key["models"].get(name):
-            given = getattr(profile.generate, setting)
-            raise InputError(
-                f"generate.{setting} = {given!r} is not the {what} that drew {artifact.path}",
-                hint=f"Name it with --set generate.{setting}=... (and generate.revision, of a hub model).",
-            )
     records = artifact.read_jsonl(RECORDS)
     rows = sorted(secrets.SystemRandom().sample(range(len(records)), min(count, len(records))))
-    template = profile.generate.prompt_template
-    chosen = [records[row] for row in rows]
-    jobs = [diffusion.Job(r["caption_id"], prompt(template, r["caption"], r["label"]), r["k"]) for r in chosen]
-    sampler, device = load_sampler(profile)
-    alike = device.split(":")[0] == str(artifact.manifest["device"]).split(":")[0]
-    drawn = (each for batch in sampler.draw(jobs) for each in batch)
-    problems = []
-    for done, (record, image) in enumerate(zip(chosen, drawn, strict=True)):
-        content = encode(image.pixels, extension=profile.generate.format, quality=profile.generate.quality)
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            problem = _difference(image, record, artifact, tolerated=0.0 if alike else ACROSS_DEVICES)
-            problems += [f"{record['path']}: drawn again, {problem}"] if problem else []
-        if progress:
-            progress(done + 1, len(rows))
-    return problems
+    parts = drawn_by(key["settings"], key["models"])
+    problems: dict[int, str] = {}
+    done = 0
+    for name, (own, models) in parts.items():
+        chosen = [row for row in rows if len(parts) == 1 or records[row]["generator"] == name]
+        if not chosen:
+            continue
+        again = _as_drawn(profile, artifact, name=name, own=own, models=models, seed=key["seed"])
+        templates = templates_of(again.generate)
+        jobs = []
+        for record in (records[row] for row in chosen):
+            told = prompt(templates, record["caption"], label=record["label"], k=record["k"])
+            jobs.append(diffusion.Job(record["caption_id"], told, record["k"], record["owner"]))
+        sampler, device = load_sampler(again, dataset=read(again) if again.generate.strength else None)
+        alike = device.split(":")[0] == str(artifact.manifest["device"]).split(":")[0]
+        drawn = (each for batch in sampler.draw(jobs) for each in batch)
+        for row, image in zip(chosen, drawn, strict=True):
+            record = records[row]
+            content = encode(image.pixels, extension=again.generate.format, quality=again.generate.quality)
+            if hashlib.sha256(content).hexdigest() != record["sha256"]:
+                problem = _difference(image, record, artifact, tolerated=0.0 if alike else ACROSS_DEVICES)
+                problems |= {row: f"{record['path']}: drawn again, {problem}"} if problem else {}
+            done += 1
+            if progress:
+                progress(done, len(rows))
+    return [problems[row] for row in sorted(problems)]
+
+
+def _as_drawn(profile: Profile, artifact: Artifact, *, name: str, own: Record, models: Record, seed: int) -> Profile:
+    """The profile that draws as one generator of an artifact did: its settings, and the models that ``profile`` names.
+
+    Raises:
+        InputError: The profile names other models, or no generator of that name.
+    """
+    named = generators(profile.generate)
+    if profile.generate.mix and name not in named:
+        raise InputError(
+            f"generate.mix names no {name!r}, which drew images of {artifact.path}",
+            hint="Use the profile that made them.",
+        )
+    given = named[name] if profile.generate.mix else profile.generate
+    there = models_of(given)
+    for kind, setting, what in (("generator", "model", "pipeline"), ("lora", "lora", "LoRA")):
+        if there.get(kind) != models.get(kind):
+            raise InputError(
+                f"generate.{setting} = {getattr(given, setting)!r} is not the {what} that drew {artifact.path}",
+                hint=f"Name it with --set generate.{setting}=... (and generate.revision, of a hub model).",
+            )
+    kept = {name: value for name, value in own.items() if name not in ("name", "share", *AFTERWARDS)}
+    drawing = Generate.model_validate({**given.model_dump(), "strength": 0.0, "keep_best": 0, **kept})
+    return profile.model_copy(update={"generate": drawing, "seed": seed})
 
 
 def _difference(drawn: diffusion.Drawn, record: Record, artifact: Artifact, *, tolerated: float) -> str | None:

@@ -113,7 +113,7 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
                 progress(part.stop, len(images))
         scores = [row for part in parts for row in slot.log(f"scores/{part.start:09d}").read()]
         rows = [record | row for record, row in zip(drawn.read_jsonl(RECORDS), scores, strict=True)]
-        _adopt_all(slot, drawn, rows)
+        adopt_all(slot, drawn, rows)
         slot.write_jsonl(RECORDS, rows)
         told = {
             name: quality.summarise(values)
@@ -153,7 +153,7 @@ def _choose(profile: Profile, workspace: Workspace, scored: Artifact) -> Artifac
         reasons = quality.choose(rows, minimum=generate.min_clip_score, best=generate.keep_best)
         kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
         rejected = [row | {"reason": reason} for row, reason in zip(rows, reasons, strict=True) if reason]
-        _adopt_all(slot, scored, kept)
+        adopt_all(slot, scored, kept)
         slot.write_jsonl(RECORDS, kept)
         slot.write_jsonl(REJECTED, rejected)
         captions = {row["caption_id"] for row in kept}
@@ -215,7 +215,7 @@ def _provenance(key: StageKey, origin: Artifact) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
 
 
-def _adopt_all(slot: Slot, origin: Artifact, records: Sequence[Record]) -> None:
+def adopt_all(slot: Slot, origin: Artifact, records: Sequence[Record]) -> None:
     """Take over the images of another artifact, without copies where the file system can."""
     for record in records:
         name, sha256, size = record["path"], record["sha256"], record["bytes"]

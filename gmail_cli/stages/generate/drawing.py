@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gmail_cli.artifacts import Artifact, RowLog, Slot
+from gmail_cli.artifacts import Artifact, RowLog, Slot, Waiting, Workspace
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError
 from gmail_cli.profile import Profile
-from gmail_cli.stages.generate.planning import Jobs, Plan, Planned, Record, key_of, planned_images, read
+from gmail_cli.stages.generate.planning import Jobs, Plan, Planned, Record, key_of, planned_images, read, templates_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +33,13 @@ _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP":
 Progress = Callable[[int, int], None]
 
 
-def load_sampler(profile: Profile) -> tuple[diffusion.Sampler, str]:
-    """The loaded pipeline, and the device it is on, for the manifest."""
+def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[diffusion.Sampler, str]:
+    """The loaded pipeline, and the device it is on, for the manifest.
+
+    Args:
+        profile: What is read of it: ``generate``, ``runtime``, ``seed``.
+        dataset: Where images begin that do not begin as noise.
+    """
     import torch
 
     generate = profile.generate
@@ -51,6 +56,7 @@ def load_sampler(profile: Profile) -> tuple[diffusion.Sampler, str]:
         device=device,
         lora=generate.lora,
         lora_scale=generate.lora_scale,
+        image_to_image=generate.strength > 0,
     )
     sampling = diffusion.Sampling(
         steps=generate.steps,
@@ -59,10 +65,19 @@ def load_sampler(profile: Profile) -> tuple[diffusion.Sampler, str]:
         height=generate.height,
         width=generate.width,
         batch_size=generate.batch_size,
+        strength=generate.strength,
         seed=profile.seed,
     )
+    begins: Callable[[str], bytes] | None = None
+    if generate.strength and dataset is not None:
+        row_of = {image.id: row for row, image in enumerate(dataset.images)}
+        real = dataset
+
+        def begins(owner: str) -> bytes:
+            return real.image_bytes(row_of[owner])
+
     shown = f"cuda: {torch.cuda.get_device_name()}" if device == "cuda" else device
-    return diffusion.Sampler(pipeline, sampling=sampling), shown
+    return diffusion.Sampler(pipeline, sampling=sampling, begins=begins), shown
 
 
 def _describe(sampler: diffusion.Sampler) -> Record:
@@ -79,24 +94,49 @@ Task = Callable[[], Record]
 
 
 class Work:
-    """What a profile asks for, and the making of it."""
+    """What a profile asks for, and the making of it.
 
-    def __init__(self, profile: Profile) -> None:
+    Args:
+        profile: With one generator.
+        dataset: Of the profile, if it has been read.
+        plan: Its images, or a part of them.
+    """
+
+    def __init__(self, profile: Profile, *, dataset: Dataset | None = None, plan: Plan | None = None) -> None:
         self.profile = profile
-        self.dataset = read(profile)
-        self.plan = planned_images(profile, self.dataset)
+        self.dataset = dataset or read(profile)
+        self.plan = plan or planned_images(profile, self.dataset)
         self.key = key_of(profile, self.dataset, self.plan)
         generate = profile.generate
         size = IMPORT_CHUNK if generate.source == "import" else generate.batch_size
         step = size * max(1, SHARD // size)
         self.shards = [range(at, min(at + step, len(self.plan))) for at in range(0, len(self.plan), step)]
-        self.jobs = Jobs(self.plan, template=generate.prompt_template)
+        self.jobs = Jobs(self.plan, templates=templates_of(generate))
         self._sampler: diffusion.Sampler | None = None
         self._device = "cpu"
 
     def log(self, slot: Slot, shard: range) -> RowLog:
         """The records of a shard."""
         return slot.log(f"records/{shard.start:09d}")
+
+    def make(self, workspace: Workspace, *, progress: Progress | None) -> Artifact:
+        """Make or find the artifact."""
+        with workspace.open(self.key) as slot:
+            return slot.artifact if slot.done else self.finish(slot, progress=progress)
+
+    def make_part(
+        self, workspace: Workspace, *, part: tuple[int, int], progress: Progress | None
+    ) -> Artifact | Waiting:
+        """Make the i-th of n runs of neighbouring shards; and the artifact, if that were all that was missing."""
+        number, parts = part
+        with workspace.open(self.key, shared=True) as slot:
+            if not slot.done:
+                count = len(self.shards)
+                self.fill(slot, self.shards[count * (number - 1) // parts : count * number // parts], progress=progress)
+                done = sum(self.log(slot, shard).is_complete() for shard in self.shards)
+                if done < count:
+                    return Waiting(self.key, done, count)
+        return self.make(workspace, progress=None)
 
     def finish(self, slot: Slot, *, progress: Progress | None) -> Artifact:
         """Make the shards that are missing, and the artifact."""
@@ -204,7 +244,7 @@ class Work:
     def sampler(self) -> diffusion.Sampler:
         """The pipeline, loaded when it is first needed."""
         if self._sampler is None:
-            self._sampler, self._device = load_sampler(self.profile)
+            self._sampler, self._device = load_sampler(self.profile, dataset=self.dataset)
         return self._sampler
 
 

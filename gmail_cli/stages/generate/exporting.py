@@ -9,6 +9,7 @@ from typing import Any
 
 from gmail_cli.artifacts import EXPORTED, Artifact, export_files
 from gmail_cli.stages.generate.drawing import RECORDS, Progress
+from gmail_cli.stages.generate.planning import Record, drawn_by
 
 
 def export(artifact: Artifact, target: str, *, shard_images: int = 10_000, progress: Progress | None = None) -> None:
@@ -29,11 +30,16 @@ def export(artifact: Artifact, target: str, *, shard_images: int = 10_000, progr
 
     images = GeneratedSet.load(artifact.path)
     records = artifact.read_jsonl(RECORDS)
-    about = {"model": artifact.manifest["key"]["models"].get("generator"), "settings": artifact.digest}
+    key = artifact.manifest["key"]
+    parts = drawn_by(key["settings"], key["models"])
     tables: list[Any] = []
 
+    def about(record: Record) -> Record:
+        _, models = parts[record["generator"]]
+        return {"model": models.get("generator"), "settings": artifact.digest}
+
     def write(path: Path, rows: range) -> None:
-        samples = ((row, records[row] | about, images.image_bytes(row)) for row in rows)
+        samples = ((row, records[row] | about(records[row]), images.image_bytes(row)) for row in rows)
         tables.append(shards.table(shards.write_shard(path, samples, name=path.name)))
         if progress:
             progress(rows.stop, len(records))

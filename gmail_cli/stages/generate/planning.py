@@ -13,19 +13,22 @@ from gmail_cli.artifacts import StageKey, canonical_json, digest_of_list, file_s
 from gmail_cli.components import captions as reader
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Generate, Profile, settings
+from gmail_cli.profile import TEMPLATE_SETS, Generate, Profile, settings
 from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int64
+
     from gmail_cli.components.captions import Caption, Dataset, Image
 
 PER_FOLDER = 1000
 """Images in one folder."""
 _PIPELINE_ONLY = (
-    *("per_caption", "lora_scale", "dtype", "scheduler", "steps", "guidance", "prompt_template"),
+    *("per_caption", "lora_scale", "dtype", "scheduler", "steps", "guidance", "strength", "prompt_template"),
     *("negative_prompt", "height", "width", "batch_size", "format", "quality"),
 )
-_BY_CONTENT = ("import_path", "model", "revision", "lora", "limit", "kinds", "captions_per_image")
+_BY_CONTENT = ("import_path", "model", "revision", "lora", "limit", "kinds", "captions_per_image", "mix")
 """Settings that enter a key through the content they choose: its inputs and models."""
 AFTERWARDS = ("score", "min_clip_score", "keep_best")
 """Settings of what is done with images once they are there: each makes another artifact, from the one without it."""
@@ -75,8 +78,11 @@ class Plan(Sequence[Planned]):
     def __getitem__(self, index: int | slice) -> Planned | list[Planned]:
         """One image, or those of a slice."""
         if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row, k = divmod(range(len(self))[index], self._per_caption)
+            return [self._at(row) for row in range(*index.indices(len(self)))]
+        return self._at(range(len(self))[index])
+
+    def _at(self, index: int) -> Planned:
+        row, k = divmod(index, self._per_caption)
         caption, image = self._rows[row]
         key = file_key(image.id if caption is None or self._by_image else caption.id, k)
         stem = f"images/{(row * self._per_caption + k) // PER_FOLDER:03d}/{key}"
@@ -105,6 +111,42 @@ class Plan(Sequence[Planned]):
         return digest_of_list(items())
 
 
+class Part(Plan):
+    """Some images of a plan, in its order, with the files that it gives them.
+
+    Args:
+        whole: The plan.
+        rows: Which, ascending.
+    """
+
+    def __init__(self, whole: Plan, rows: Int64[np.ndarray, " chosen"]) -> None:
+        self._whole = whole
+        self._chosen = rows
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._chosen)
+
+    def _at(self, index: int) -> Planned:
+        return self._whole[int(self._chosen[index])]
+
+    @property
+    def captions(self) -> int:
+        """Number of captions."""
+        return len({each.caption_id for each in self})
+
+    @property
+    def owners(self) -> int:
+        """Number of image records."""
+        return len({each.owner for each in self})
+
+    def digest(self) -> str:
+        """As :meth:`Plan.digest`."""
+        return digest_of_list(
+            canonical_json([each.caption_id, each.caption, each.owner, each.label, each.k]) for each in self
+        )
+
+
 def plan(profile: Profile) -> Plan:
     """The images `run` would make, in their order; raises what `plan_key` raises."""
     return planned_images(profile, read(profile))
@@ -114,7 +156,14 @@ def read(profile: Profile) -> Dataset:
     generate, data = profile.generate, profile.data
     if generate.source == "import":
         return reader.read(generate.import_path, limit=generate.limit or None, on_bad=data.on_bad, need_images=True)
-    return sources.read({**sources.source(profile, part="train"), "images": None, "limit": limit_of(profile)})
+    begins_real = any(each.strength > 0 for each in generators(generate).values())
+    images = {"need_images": True} if begins_real else {"images": None}
+    return sources.read({**sources.source(profile, part="train"), **images, "limit": limit_of(profile)})
+
+
+def generators(generate: Generate) -> dict[str, Generate]:
+    """The settings of each generator of ``generate.mix`` by its name, or the only one there is."""
+    return {each.name: generate.with_generator(each) for each in generate.mix} or {generate.name: generate}
 
 
 def limit_of(profile: Profile) -> int | None:
@@ -135,7 +184,8 @@ def planned_images(profile: Profile, dataset: Dataset) -> Plan:
             f"{dataset.name} has no {' or '.join(generate.kinds)} caption", hint="set generate.kinds to others"
         )
     bare = next((image.id for _, image in rows if not image.label), None)
-    if "{label}" in generate.prompt_template and generate.source == "pipeline" and bare is not None:
+    templates = [template for each in generators(generate).values() for template in templates_of(each)]
+    if any("{label}" in each for each in templates) and generate.source == "pipeline" and bare is not None:
         raise InputError(
             f"generate.prompt_template has {{label}} and image {bare!r} of {dataset.name} has no class",
             hint="Take {label} out of the template, or name captions whose images have classes.",
@@ -163,6 +213,13 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
         chosen["name"] = generate.name or "import"
         inputs = {"images": dataset.fingerprint, "captions": captions}
         return StageKey(stage="generate", settings=chosen, inputs=inputs)
+    inputs = {"captions": captions}
+    if generate.strength:
+        inputs["partners"] = dataset.fingerprint
+    else:
+        del chosen["strength"]
+    if len(generate.prompt_template) == 1:
+        chosen["prompt_template"] = generate.prompt_template[0]
     if generate.format == "png":
         del chosen["quality"]
     if not generate.lora:
@@ -178,7 +235,7 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
     return StageKey(
         stage="generate",
         settings=chosen,
-        inputs={"captions": captions},
+        inputs=inputs,
         models=models_of(generate),
         seed=profile.seed,
     )
@@ -193,12 +250,22 @@ def models_of(generate: Generate) -> dict[str, str]:
     return models
 
 
+def drawn_by(settings: Record, models: Record) -> dict[str, tuple[Record, Record]]:
+    """Name -> (settings, models) of each generator that an artifact's key tells of."""
+    if "mix" not in settings:
+        return {settings["name"]: (settings, models)}
+    return {
+        name: (own, {key.removeprefix(f"{name}/"): each for key, each in models.items() if key.startswith(f"{name}/")})
+        for name, own in settings["mix"].items()
+    }
+
+
 class Jobs(Sequence[diffusion.Job]):
     """What the pipeline is told for each image of a plan."""
 
-    def __init__(self, plan: Plan, *, template: str) -> None:
+    def __init__(self, plan: Plan, *, templates: Sequence[str]) -> None:
         self._plan = plan
-        self._template = template
+        self._templates = templates
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -213,11 +280,25 @@ class Jobs(Sequence[diffusion.Job]):
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
         planned = self._plan[index]
-        told = prompt(self._template, planned.caption, planned.label)
-        return diffusion.Job(planned.caption_id, told, planned.k)
+        told = prompt(self._templates, planned.caption, label=planned.label, k=planned.k)
+        return diffusion.Job(planned.caption_id, told, planned.k, planned.owner)
 
 
-def prompt(template: str, caption: str, label: str | None) -> str:
-    """What the pipeline is told; what stands in a caption is not taken for a place to fill."""
+def templates_of(generate: Generate) -> tuple[str, ...]:
+    """Every template that ``generate.prompt_template`` stands for."""
+    found: list[str] = []
+    for each in generate.prompt_template:
+        if each in TEMPLATE_SETS:
+            from gmail_cli.components import prompts
+
+            found += [template.replace("{}", "{label}") for template in prompts.templates([each])]
+        else:
+            found.append(each)
+    return tuple(found)
+
+
+def prompt(templates: Sequence[str], caption: str, *, label: str | None, k: int) -> str:
+    """What the pipeline is told for image ``k``; what stands in a caption is not taken for a place to fill."""
+    template = templates[k % len(templates)]
     filled = {"{caption}": caption, "{label}": label or ""}
     return "".join(filled.get(part, part) for part in re.split(r"(\{caption\}|\{label\})", template))
