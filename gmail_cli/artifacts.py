@@ -453,7 +453,7 @@ class RowLog:
         try:
             _append_rows(self._growing, rows)
         except OSError as error:
-            _explain_full_disk(error, self._growing)
+            _explain_disk(error, self._growing)
             raise
 
     def complete(self) -> None:
@@ -943,7 +943,13 @@ class _Lock:
             self._descriptor = None
 
 
-_DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+_DISK_TROUBLE = {
+    5: "the disk failed",  # EIO
+    27: "the file would be larger than this system allows",  # EFBIG
+    28: "the disk is full",  # ENOSPC
+    30: "the disk is read-only",  # EROFS
+    122: "the disk quota is used up",  # EDQUOT
+}
 
 
 def _relative(name: str) -> PurePosixPath:
@@ -980,14 +986,14 @@ def _write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         _write_atomic(path, writer)
     except OSError as error:
-        _explain_full_disk(error, path)
+        _explain_disk(error, path)
         raise
 
 
-def _explain_full_disk(error: OSError, path: Path) -> None:
-    if error.errno in _DISK_FULL:
-        hint = "Free some space and run the same command again: finished files are kept."
-        raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
+def _explain_disk(error: OSError, path: Path) -> None:
+    if error.errno in _DISK_TROUBLE:
+        hint = "Put that right and run the same command again: finished files are kept."
+        raise SetupError(f"{_DISK_TROUBLE[error.errno]}: could not write {path}", hint=hint) from error
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -28,8 +28,22 @@ if TYPE_CHECKING:
     from gmail_cli.artifacts import Artifact, Workspace
     from gmail_cli.profile import Profile
 
+
+class _InterruptedError(Exception):
+    """Ctrl-C in a command; Typer would end the process without a word."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise _InterruptedError(str(stopped)) from None
+
+
 app = typer.Typer(
     name="gmail",
+    cls=_Commands,
     help="Learn from generated images: align them with real ones (GMAIL), train on them, measure on photographs.",
     no_args_is_help=True,
     add_completion=True,
@@ -879,8 +893,9 @@ def main() -> None:
         app()
     except GmailError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command resumes where it stopped")
+    except (KeyboardInterrupt, _InterruptedError) as stopped:
+        there = f": {stopped}" if str(stopped) else ""
+        _say(f"interrupted{there}; the same command resumes where it stopped")
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

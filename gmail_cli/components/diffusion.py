@@ -185,6 +185,8 @@ def load_pipeline(
             ) from error
         if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
             reason = "HF_HUB_OFFLINE is set and the hub cache does not hold all of it"
+        elif _out_of_reach(error):
+            reason = "the hub cannot be reached and its cache does not hold all of it"
         at = f" --revision {revision}" if revision else ""
         raise SetupError(
             f"generate.model = {model!r} (revision {revision or 'newest'}) could not be loaded from the hub: {reason}",
@@ -215,6 +217,15 @@ def _image_to_image(pipeline: Any) -> Any:
             f"generate.strength: diffusers has no pipeline beside {type(pipeline).__name__} that begins with an image",
             hint="Set generate.strength to 0, or take Stable Diffusion 1, 2, 3, SDXL or FLUX.",
         ) from error
+
+
+def _out_of_reach(error: BaseException | None) -> bool:
+    """Whether an error came of a hub that gave no answer."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:

@@ -195,7 +195,7 @@ class Work:
                             break
                     done += _flush(log, waiting, progress=progress, done=done, total=total)
                     if interrupted():
-                        raise KeyboardInterrupt
+                        raise KeyboardInterrupt(f"{done} of {total} images are there")
                     log.complete()
 
     def _whole(self, slot: Slot, shard: range, log: RowLog) -> int:
