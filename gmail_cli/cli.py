@@ -721,6 +721,9 @@ def _estimate(context: _Context, batches: int) -> None:
             f"          {told['seconds_per_image']:.3g} s an image, {told['seconds'] / 3600:.3g} h in all here; "
             f"{told['bytes_per_image'] / 1e3:.3g} kB an image, {told['bytes'] / 1e9:.3g} GB in all"
         )
+    for name, size in told.get("batch_size", {}).items():
+        table = f"batch_size = {size} for {name!r} in generate.mix" if profile.generate.mix else ""
+        typer.echo(f"          the batch does not fit the memory; use {table or f'--set generate.batch_size={size}'}")
 
 
 def _stage_part(

@@ -219,7 +219,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_named(pipeline: Any) -> None:
 
     hook = pipeline.unet.register_forward_pre_hook(full)
     try:
-        with pytest.raises(SetupError, match=r"batch of 4 images.*\n.*batch_size to 2"):
+        with pytest.raises(SetupError, match=r"batch of 4 images.*\n--set generate\.batch_size=2 "):
             next(diffusion.Sampler(pipeline, sampling=SAMPLING).draw(JOBS))
     finally:
         hook.remove()

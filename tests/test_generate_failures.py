@@ -1,4 +1,4 @@
-"""What goes wrong while images are made: Ctrl-C, disks, captions, shards, hubs. Nothing is lost; the message is clear."""
+"""What goes wrong while images are made: Ctrl-C, disks, captions, shards, hubs. Nothing is lost, all is named."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_pipelines
+import torch
 
 from gmail_cli import cli
 from gmail_cli.artifacts import Artifact
+from gmail_cli.components import diffusion
 from gmail_cli.stages.generate import drawing
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -147,5 +150,66 @@ def test_a_hub_that_has_gone_is_no_loss_to_what_is_cached(
     gone = line("some/other", "--set=generate.revision=abc", run="gone")
     assert gmail(monkeypatch, *gone) == 4
     told = capsys.readouterr().err
-    assert "generate.model = 'some/other' (revision abc) could not be loaded from the hub: the hub cannot be reached" in told
+    assert (
+        "generate.model = 'some/other' (revision abc) could not be loaded from the hub: the hub cannot be reached"
+        in told
+    )
     assert "hf download some/other --revision abc" in told
+
+
+class Full:
+    """A memory that holds so many rows of the denoiser (of which guidance takes two an image), after some refusals."""
+
+    def __init__(self, rows: int, *, refusals: int = 0) -> None:
+        self.rows, self.refusals = rows, refusals
+
+    def __call__(self, module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.refusals -= 1
+        if len(inputs[0]) > self.rows or self.refusals >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Full], None]:
+    """Give the pipelines that are loaded from now on a memory."""
+    load = diffusion.load_pipeline
+
+    def limit(full: Full) -> None:
+        def loaded(*arguments: Any, **options: Any) -> Any:
+            pipeline = load(*arguments, **options)
+            pipeline.unet.register_forward_pre_hook(full)
+            return pipeline
+
+        monkeypatch.setattr(diffusion, "load_pipeline", loaded)
+
+    return limit
+
+
+def test_a_batch_that_fits_once_the_memory_is_emptied_gives_the_same_bytes(
+    here: Path, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, memory: Callable[[Full], None]
+) -> None:
+    assert gmail(monkeypatch, *line(pipeline_folder, run="whole")) == 0
+    memory(full := Full(8, refusals=1))
+    assert gmail(monkeypatch, *line(pipeline_folder)) == 0
+    assert full.refusals < 0
+    assert latest("one").content == latest("whole").content
+
+
+def test_a_warm_up_finds_the_batch_that_fits_and_a_run_names_a_smaller_one(
+    here: Path,
+    pipeline_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    memory: Callable[[Full], None],
+) -> None:
+    memory(Full(2))  # one image
+    assert gmail(monkeypatch, *line(pipeline_folder, "--dry-run", "--warm-up", "2")) == 0
+    assert "does not fit the memory; use --set generate.batch_size=1\n" in capsys.readouterr().out
+    assert not list(here.rglob("*.png"))
+    assert gmail(monkeypatch, *line(pipeline_folder)) == 4
+    told = capsys.readouterr().err
+    assert "a batch of 4 images does not fit the memory of the GPU" in told
+    assert "--set generate.batch_size=2" in told
+    memory(Full(0))
+    assert gmail(monkeypatch, *line(pipeline_folder, "--dry-run", "--warm-up", "2")) == 4
+    assert "a batch of 1 images does not fit" in capsys.readouterr().err

@@ -10,6 +10,7 @@ and reuse the encoding for every k; others are given the captions as text and en
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
@@ -54,6 +55,10 @@ ENCODED = {
 }
 """Pipelines whose text encodings are reused, and the arguments that take what their ``encode_prompt`` returns, in order
 (an empty name: nothing takes it)."""
+
+
+class BatchTooLargeError(SetupError):
+    """A batch that does not fit the memory of the GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +343,7 @@ class Sampler:
 
         Raises:
             SetupError: An image that stays blank or not-a-number through `ATTEMPTS` seeds.
+            BatchTooLargeError: The batch does not fit the memory, not even a second time with the allocator emptied.
             UsageError: Steps or sizes that the pipeline refuses.
         """
         if self._encodings is None or self._encodings.jobs is not jobs:
@@ -383,34 +389,23 @@ class Sampler:
 
         sampling = self.sampling
         rows = _full([*zip(batch, attempts, strict=True)], sampling.batch_size)
-        generators = [
-            torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
-            for job, attempt in rows
-        ]
-        given = encode([job.prompt for job, _ in rows])
-        given |= self._size()
-        if sampling.strength:
-            given |= {"image": [self._beginning(job) for job, _ in rows], "strength": sampling.strength}
         before = torch.get_rng_state()
         try:
-            images = self.pipeline(
-                **given,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                generator=generators,
-                output_type="pt",
-            ).images
-        except ValueError as error:
-            raise UsageError(
-                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
-                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {_first_line(error)}",
-                hint="set others in [generate]; some schedulers need at least 4 steps",
-            ) from error
-        except torch.OutOfMemoryError as error:
-            raise SetupError(
-                f"a batch of {sampling.batch_size} images does not fit the memory of the GPU: {_first_line(error)}",
-                hint=f"set generate.batch_size to {max(1, sampling.batch_size // 2)}: it makes another artifact",
-            ) from error
+            images = self._call(rows, encode)
+        except torch.OutOfMemoryError:
+            images = None
+        if images is None:  # once more, without what earlier batches left behind: the same rows, so the same bytes
+            gc.collect()
+            torch.cuda.empty_cache()
+            try:
+                images = self._call(rows, encode)
+            except torch.OutOfMemoryError as error:
+                half = max(1, sampling.batch_size // 2)
+                raise BatchTooLargeError(
+                    f"a batch of {sampling.batch_size} images does not fit the memory of the GPU: {_first_line(error)}",
+                    hint=f"--set generate.batch_size={half} makes another artifact, whose images differ in the last "
+                    "bits; gmail generate --dry-run --warm-up 1 finds a size that fits",
+                ) from error
         if not torch.equal(before, torch.get_rng_state()):
             raise UsageError(
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} draws noise that does "
@@ -424,6 +419,32 @@ class Sampler:
         spread = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)
         good = finite & (spread > 2)
         return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), good.cpu().numpy()
+
+    def _call(self, rows: Sequence[tuple[Job, int]], encode: _Encodings) -> Float[Tensor, "rows 3 height width"]:
+        """One call of the pipeline for (job, attempt) in each row, each with a generator of its own."""
+        import torch
+
+        sampling = self.sampling
+        given = encode([job.prompt for job, _ in rows]) | self._size()
+        if sampling.strength:
+            given |= {"image": [self._beginning(job) for job, _ in rows], "strength": sampling.strength}
+        try:
+            return self.pipeline(
+                **given,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                generator=[
+                    torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
+                    for job, attempt in rows
+                ],
+                output_type="pt",
+            ).images
+        except ValueError as error:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
+                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {_first_line(error)}",
+                hint="set others in [generate]; some schedulers need at least 4 steps",
+            ) from error
 
     def _size(self) -> dict[str, Any]:
         """Arguments that ask for images of just the size that is wanted."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 from gmail_cli.artifacts import Artifact
 from gmail_cli.components import diffusion
@@ -34,7 +36,8 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
         batches: How many to draw now, after one that is not counted, to tell time and disk from; nothing is written.
 
     Returns:
-        images, captions; with ``batches`` also seconds_per_image, seconds, bytes_per_image and bytes.
+        images, captions; with ``batches`` also seconds_per_image, seconds, bytes_per_image and bytes, and where
+        ``generate.batch_size`` does not fit the memory, ``batch_size``: name of a generator -> a size that fits.
 
     Raises:
         UsageError: Imported images are not drawn.
@@ -48,31 +51,51 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
     if profile.generate.source == "import":
         raise UsageError("--warm-up: imported images are not drawn", hint="Leave --warm-up out.")
     seconds = size = 0.0
+    smaller: dict[str, int] = {}
     for work in works:
-        each_seconds, each_size = _cost(work, batches)
-        seconds += each_seconds * len(work.plan)
-        size += each_size * len(work.plan)
+        cost = _cost(work, batches)
+        seconds += cost.seconds * len(work.plan)
+        size += cost.bytes * len(work.plan)
+        if cost.batch_size < work.profile.generate.batch_size:
+            smaller[work.key.settings["name"]] = cost.batch_size
     return told | {
         "seconds_per_image": seconds / len(plan),
         "seconds": seconds,
         "bytes_per_image": int(size / len(plan)),
         "bytes": int(size),
+        **({"batch_size": smaller} if smaller else {}),
     }
 
 
-def _cost(work: Work, batches: int) -> tuple[float, int]:
-    """Seconds and bytes of an image of one generator, from a few batches."""
+class _Cost(NamedTuple):
+    """Of an image: seconds and bytes; and in batches of which size."""
+
+    seconds: float
+    bytes: int
+    batch_size: int
+
+
+def _cost(work: Work, batches: int) -> _Cost:
+    """What an image of one generator costs, from a few batches, halved until they fit the memory."""
     generate, sampler = work.profile.generate, work.sampler()
 
     def draw(count: int) -> list[int]:
         """Bytes of each image of so many batches."""
-        drawn = (each for batch in sampler.draw(work.jobs, stop=count * generate.batch_size) for each in batch)
+        drawn = (each for batch in sampler.draw(work.jobs, stop=count * sampler.sampling.batch_size) for each in batch)
         return [len(encode(each.pixels, extension=generate.format, quality=generate.quality)) for each in drawn]
 
-    draw(1)  # it also sets things up
-    started = time.perf_counter()
-    written = draw(min(batches, -(-len(work.plan) // generate.batch_size)))
-    return (time.perf_counter() - started) / len(written), sum(written) // len(written)
+    while True:
+        size = sampler.sampling.batch_size
+        try:
+            draw(1)  # it also sets things up
+            started = time.perf_counter()
+            written = draw(min(batches, -(-len(work.plan) // size)))
+        except diffusion.BatchTooLargeError:
+            if size == 1:
+                raise
+            sampler.sampling = replace(sampler.sampling, batch_size=size // 2)
+        else:
+            return _Cost((time.perf_counter() - started) / len(written), sum(written) // len(written), size)
 
 
 def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Progress | None = None) -> list[str]:
