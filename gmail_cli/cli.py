@@ -164,6 +164,14 @@ def generate(
         typer.Option(parser=count, metavar="N", help="Keep the N images of each caption with the highest CLIPScore."),
     ] = None,
     shard: ShardOption = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            parser=count,
+            metavar="N",
+            help="Draw in N processes at once, each on a GPU of its own where there are any.",
+        ),
+    ] = None,
     warm_up: Annotated[
         int | None,
         typer.Option(parser=count, metavar="N", help="With --dry-run: draw N batches to tell time and disk from."),
@@ -193,6 +201,8 @@ def generate(
         _estimate(context, warm_up or 0)
     elif warm_up:
         raise UsageError("--warm-up without --dry-run", hint="Add --dry-run: nothing is written then.")
+    elif processes and processes > 1:
+        _together(context, processes, shard)
     else:
         _stage("generate", context, part=shard)
 
@@ -745,6 +755,32 @@ def _stage_part(
         about = {"stage": name, "path": None, "digest": made.key.digest, "done": made.done, "shards": made.shards}
         typer.echo(json.dumps(about))
     return None
+
+
+def _together(context: _Context, processes: int, shard: str | None) -> None:
+    """`gmail generate` as several processes, each with a part of the images (or of the part that ``shard`` names)."""
+    from gmail_cli.processes import together
+
+    context.load()  # what is wrong with the profile is said once
+    number, parts = _part(shard or "1/1")
+    words = _without(sys.argv[1:], "--processes", "--shard")
+    each = [
+        [*words, "--shard", f"{(number - 1) * processes + own}/{parts * processes}"] for own in range(1, processes + 1)
+    ]
+    with Progress() as progress:
+        together(each, tell=_say, progress=progress.task("generate"))
+    _stage("generate", context, part=shard)
+
+
+def _without(words: list[str], *options: str) -> list[str]:
+    """Arguments without some options and their values."""
+    kept: list[str] = []
+    after = False
+    for word in words:
+        if not after and not word.startswith(tuple(f"{option}=" for option in options)) and word not in options:
+            kept.append(word)
+        after = word in options
+    return kept
 
 
 def _part(text: str) -> tuple[int, int]:
