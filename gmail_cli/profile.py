@@ -236,7 +236,8 @@ class Generate(Section):
     """Quality of `jpg` and `webp`."""
     score: bool = False
     """Score each image by `model.clip`: `clip_score` to its caption, `twin_similarity` to the most alike image of its
-    caption, `partner_similarity` to its real image, as fields of its record."""
+    caption, `partner_similarity` to its real image, `copy_similarity` to the most alike real image (`copy_of`); and its
+    `contrast` and `detail`. Fields of its record; and `report.html`."""
     min_clip_score: NonNegative = 0.0
     """Keep images with this CLIPScore (2.5 times the cosine with their caption) or more; 0 keeps all. Scores them."""
     keep_best: Limit = 0
