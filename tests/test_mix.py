@@ -147,6 +147,9 @@ def test_images_begin_as_the_real_ones_and_move_with_the_strength(folders: Path,
     artifact = generate.run(again, Workspace(tmp_path))
     assert checking.regenerate(again, artifact, count=5) == []
     assert "partners" in artifact.manifest["key"]["inputs"]
+    fewer = again.model_copy(update={"data": again.data.model_copy(update={"train_limit": 1})})
+    with pytest.raises(InputError, match=r"scenes:train has no image 'train-00000\d' to begin with"):
+        checking.regenerate(fewer, artifact, count=40)
     moved = again.model_copy(update={"data": again.data.model_copy(update={"scene_seed": 1})})
     assert generate.plan_key(moved).digest != artifact.digest
 

@@ -74,6 +74,9 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
         real = dataset
 
         def begins(owner: str) -> bytes:
+            if owner not in row_of:
+                hint = "Name the set that the images were drawn for."
+                raise InputError(f"{real.name} has no image {owner!r} to begin with", hint=hint)
             return real.image_bytes(row_of[owner])
 
     shown = f"cuda: {torch.cuda.get_device_name()}" if device == "cuda" else device
