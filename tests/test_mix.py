@@ -132,7 +132,7 @@ def test_images_begin_as_the_real_ones_and_move_with_the_strength(folders: Path,
     """The small autoencoder is untrained, so what is compared is how far images lie from those of other strengths."""
 
     def drawn(strength: float, **changed: Any) -> dict[str, np.ndarray]:
-        made = generate.run(profile(folders, strength=strength, steps=10, **changed), Workspace(tmp_path))
+        made = generate.run(profile(folders, strength=strength, steps=10, limit=2, **changed), Workspace(tmp_path))
         rows = made.read_jsonl("records.jsonl")
         assert {(row["width"], row["height"]) for row in rows} == {(32, 24) if changed else (16, 16)}
         return {row["key"]: np.asarray(Image.open(made.file(row["path"])), dtype=float) for row in rows}
@@ -143,7 +143,7 @@ def test_images_begin_as_the_real_ones_and_move_with_the_strength(folders: Path,
     little, some, much = drawn(0.1), drawn(0.2), drawn(1.0)
     assert 0 < apart(little, some) < apart(little, much)
     drawn(0.5, width=32, height=24)
-    again = profile(folders, strength=0.2, steps=10)
+    again = profile(folders, strength=0.2, steps=10, limit=2)
     artifact = generate.run(again, Workspace(tmp_path))
     assert checking.regenerate(again, artifact, count=5) == []
     assert "partners" in artifact.manifest["key"]["inputs"]
