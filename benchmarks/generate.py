@@ -24,6 +24,7 @@ from gmail_cli.artifacts import Workspace
 from gmail_cli.components import diffusion
 from gmail_cli.profile import Profile, build
 from gmail_cli.stages import generate
+from gmail_cli.stages.generate import planning
 
 ON_GPU = torch.cuda.is_available()
 NETWORKS = ("text_encoder", "unet", "transformer")
@@ -87,7 +88,7 @@ def loop_seconds(profile: Profile, root: Path) -> float:
         settings.model, revision=settings.revision, dtype=settings.dtype, device="cuda" if ON_GPU else "cpu"
     )
     start = now(time.process_time)
-    for planned in generate.plan(profile):
+    for planned in planning.plan(profile):
         image = pipeline(
             planned.caption,
             num_inference_steps=settings.steps,

@@ -20,7 +20,7 @@ from typing import Any
 
 from gmail_cli.artifacts import Workspace
 from gmail_cli.profile import Profile, build
-from gmail_cli.stages import generate
+from gmail_cli.stages.generate import drawing
 
 
 def profile_of(captions: Path, **chosen: Any) -> Profile:
@@ -34,7 +34,7 @@ def scale(root: Path, *, captions: int, per_caption: int) -> dict[str, Any]:
         "".join(f"a red ball on a blue box beside a green cone, picture {row}\n" for row in range(captions))
     )
     profile = profile_of(file, per_caption=per_caption, batch_size=8)
-    work = generate._Work(profile)
+    work = drawing.Work(profile)
     total, left = len(work.plan), 1000
     workspace = Workspace(root / "runs")
     with workspace.open(work.key) as slot:
@@ -62,7 +62,7 @@ def scale(root: Path, *, captions: int, per_caption: int) -> dict[str, Any]:
 
 def restart(profile: Profile, workspace: Workspace, queue: Any) -> None:
     start, cpu = time.perf_counter(), time.process_time()
-    work = generate._Work(profile)
+    work = drawing.Work(profile)
     planned, planned_cpu = time.perf_counter() - start, time.process_time() - cpu
     first: list[int] = []
 

@@ -29,8 +29,22 @@ if TYPE_CHECKING:
     from gmail_cli.artifacts import Artifact, Workspace
     from gmail_cli.profile import Profile
 
+
+class _InterruptedError(Exception):
+    """Ctrl-C in a command; Typer would end the process without a word."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise _InterruptedError(str(stopped)) from None
+
+
 app = typer.Typer(
     name="gmail",
+    cls=_Commands,
     help="Learn from generated images: align them with real ones (GMAIL), train on them, measure on photographs.",
     no_args_is_help=True,
     add_completion=True,
@@ -152,6 +166,14 @@ def generate(
         typer.Option(parser=count, metavar="N", help="Keep the N images of each caption with the highest CLIPScore."),
     ] = None,
     shard: ShardOption = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            parser=count,
+            metavar="N",
+            help="Draw in N processes at once, each on a GPU of its own where there are any.",
+        ),
+    ] = None,
     warm_up: Annotated[
         int | None,
         typer.Option(parser=count, metavar="N", help="With --dry-run: draw N batches to tell time and disk from."),
@@ -181,6 +203,8 @@ def generate(
         _estimate(context, warm_up or 0)
     elif warm_up:
         raise UsageError("--warm-up without --dry-run", hint="Add --dry-run: nothing is written then.")
+    elif processes and processes > 1:
+        _together(context, processes, shard)
     else:
         _stage("generate", context, part=shard)
 
@@ -451,12 +475,12 @@ def artifacts_export(
     """Write images as WebDataset tars and a Parquet table, or embeddings in clip-retrieval's folder layout."""
     from gmail_cli.artifacts import Artifact
     from gmail_cli.stages import embed
-    from gmail_cli.stages import generate as stage
+    from gmail_cli.stages.generate import exporting
 
     artifact = Artifact.load(path)
     if artifact.stage == "generate":
         with Progress() as progress:
-            stage.export(artifact, folder, shard_images=shard_images, progress=progress.task("export"))
+            exporting.export(artifact, folder, shard_images=shard_images, progress=progress.task("export"))
         typer.echo(folder)
         return
     left_out = embed.export(artifact, Path(folder))
@@ -489,7 +513,7 @@ def artifacts_verify(
     problems = [(artifact, problem) for artifact in found for problem in artifact.verify()]
     if regenerate is not None:
         from gmail_cli import profile as profiles
-        from gmail_cli.stages import generate as stage
+        from gmail_cli.stages.generate import checking
 
         drawn = [each for each in found if each.stage == "generate"]
         if not drawn:
@@ -499,7 +523,9 @@ def artifacts_verify(
         chosen = profiles.load(profile, overrides=overrides or [])
         with Progress() as progress:
             for artifact in drawn:
-                found_now = stage.regenerate(chosen, artifact, count=regenerate, progress=progress.task("regenerate"))
+                found_now = checking.regenerate(
+                    chosen, artifact, count=regenerate, progress=progress.task("regenerate")
+                )
                 problems += [(artifact, problem) for problem in found_now]
     for artifact, problem in problems:
         typer.echo(f"{_shown(artifact.path)}: {problem}")
@@ -631,11 +657,11 @@ def _inputs(
 def _estimate(context: _Context, batches: int) -> None:
     """What generating would make and cost."""
     from gmail_cli import plan
-    from gmail_cli.stages import generate as stage
+    from gmail_cli.stages.generate import checking
 
     profile, space = context.load()
     steps = plan.steps(profile, space, stages=["generate"])
-    told = stage.estimate(profile, batches=batches)
+    told = checking.estimate(profile, batches=batches)
     context.print_plan(steps, estimate=told)
     if context.as_json:
         return
@@ -645,6 +671,9 @@ def _estimate(context: _Context, batches: int) -> None:
             f"          {told['seconds_per_image']:.3g} s an image, {told['seconds'] / 3600:.3g} h in all here; "
             f"{told['bytes_per_image'] / 1e3:.3g} kB an image, {told['bytes'] / 1e9:.3g} GB in all"
         )
+    for name, size in told.get("batch_size", {}).items():
+        table = f"batch_size = {size} for {name!r} in generate.mix" if profile.generate.mix else ""
+        typer.echo(f"          the batch does not fit the memory; use {table or f'--set generate.batch_size={size}'}")
 
 
 def _stage_part(
@@ -666,6 +695,32 @@ def _stage_part(
         about = {"stage": name, "path": None, "digest": made.key.digest, "done": made.done, "shards": made.shards}
         typer.echo(json.dumps(about))
     return None
+
+
+def _together(context: _Context, processes: int, shard: str | None) -> None:
+    """`gmail generate` as several processes, each with a part of the images (or of the part that ``shard`` names)."""
+    from gmail_cli.processes import together
+
+    context.load()  # what is wrong with the profile is said once
+    number, parts = _part(shard or "1/1")
+    words = _without(sys.argv[1:], "--processes", "--shard")
+    each = [
+        [*words, "--shard", f"{(number - 1) * processes + own}/{parts * processes}"] for own in range(1, processes + 1)
+    ]
+    with Progress() as progress:
+        together(each, tell=_say, progress=progress.task("generate"))
+    _stage("generate", context, part=shard)
+
+
+def _without(words: list[str], *options: str) -> list[str]:
+    """Arguments without some options and their values."""
+    kept: list[str] = []
+    after = False
+    for word in words:
+        if not after and not word.startswith(tuple(f"{option}=" for option in options)) and word not in options:
+            kept.append(word)
+        after = word in options
+    return kept
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -750,6 +805,8 @@ def _announce(artifact: Artifact, reused: bool) -> None:
     for key in ("verdict", "note"):
         if artifact.summary.get(key):
             _say(f"  {artifact.summary[key]}")
+    if artifact.stage == "generate" and "report.html" in artifact.files:
+        _say(f"  report: {_shown(artifact.path / 'report.html')}")
     if artifact.stage == "index":
         from gmail_cli.stages import index as stage
 
@@ -815,8 +872,9 @@ def main() -> None:
         app()
     except GmailError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command resumes where it stopped")
+    except (KeyboardInterrupt, _InterruptedError) as stopped:
+        there = f": {stopped}" if str(stopped) else ""
+        _say(f"interrupted{there}; the same command resumes where it stopped")
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

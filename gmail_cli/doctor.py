@@ -83,7 +83,8 @@ def _models(profile: profiles.Profile) -> list[tuple[str, str, str]]:
     if {"align", "train", "embed"} & {*profile.stages}:
         found.append(("model.clip", profile.model.clip, profile.model.revision))
     if "generate" in profile.stages and profile.generate.source == "pipeline":
-        found.append(("generate.model", profile.generate.model, profile.generate.revision))
+        mixed = [profile.generate.with_generator(each) for each in profile.generate.mix]
+        found += [("generate.model", each.model, each.revision) for each in mixed or [profile.generate]]
     return found
 
 

@@ -34,6 +34,10 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _tuple(value)
+
+
 Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
 Integers = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
@@ -118,6 +122,63 @@ class Model(Section):
     """Commit of a hub model; empty takes the newest and records which it was."""
 
 
+Scheduler = Literal[
+    "default",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+]
+Number = Literal["float32", "float16", "bfloat16"]
+Templates = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)]
+
+
+class Generator(Section):
+    """One of several generators of a set, `[[generate.mix]]`; what it does not say is as in `[generate]`."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """What each record of its images says under `generator`; no two may be called the same."""
+    share: Positive = 1.0
+    """Its part of the images, in proportion to the others'. Which generator draws an image depends on `seed`, the
+    caption and k alone."""
+    model: str | None = None
+    """As `generate.model`."""
+    revision: str | None = None
+    """As `generate.revision`."""
+    lora: str | None = None
+    """As `generate.lora`."""
+    lora_scale: NonNegative | None = None
+    """As `generate.lora_scale`."""
+    dtype: Number | None = None
+    """As `generate.dtype`."""
+    scheduler: Scheduler | None = None
+    """As `generate.scheduler`."""
+    steps: Count | None = None
+    """As `generate.steps`."""
+    guidance: NonNegative | None = None
+    """As `generate.guidance`."""
+    strength: Fraction | None = None
+    """As `generate.strength`."""
+    prompt_template: Templates | None = None
+    """As `generate.prompt_template`."""
+    negative_prompt: str | None = None
+    """As `generate.negative_prompt`."""
+    height: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
+    """As `generate.height`."""
+    width: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
+    """As `generate.width`."""
+    batch_size: Count | None = None
+    """As `generate.batch_size`."""
+
+
 class Generate(Section):
     """Images from captions (the paper: Stable Diffusion v2, 50 steps, one image per caption)."""
 
@@ -143,30 +204,24 @@ class Generate(Section):
     """LoRA weights to add to `model`: a `.safetensors` file that `pipeline.save_lora_weights` wrote."""
     lora_scale: NonNegative = 1.0
     """Factor of their update."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    mix: Annotated[tuple[Generator, ...], BeforeValidator(_tuple)] = ()
+    """Several generators that share the images, a `[[generate.mix]]` table each: `name`, `share`, and what differs from
+    `[generate]`. Empty: one generator, as `[generate]` says."""
+    dtype: Number = "float32"
     """Number format of the pipeline; a CPU wants `float32`."""
-    scheduler: Literal[
-        "default",
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LCMScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "TCDScheduler",
-        "UniPCMultistepScheduler",
-    ] = "default"
+    scheduler: Scheduler = "default"
     """Sampler: `default` keeps the pipeline's own; another must suit it."""
     steps: Count = 50
     """Denoising steps."""
     guidance: NonNegative = 7.5
     """Classifier-free guidance scale; 1 or less turns guidance off, as turbo and LCM models want it."""
-    prompt_template: str = "{caption}"
-    """What the pipeline is told; `{caption}` stands for the caption, `{label}` for the class of its image."""
+    strength: Fraction = 0.0
+    """0 draws from noise alone. Above 0 an image begins as the real image that its caption describes, with that share
+    of the noise on it (GenView): little leaves it much as it is, 1 covers it. Runs that share of `steps`."""
+    prompt_template: Templates = ("{caption}",)
+    """What the pipeline is told; `{caption}` stands for the caption, `{label}` for the class of its image. Of several
+    the images of a caption take one after another: k = 0 the first. A set of open_clip can be named
+    (`openai-imagenet`: CLIP's 80 templates of class names, `simple-imagenet`: 7)."""
     negative_prompt: str = ""
     """What guidance leads away from; needs `guidance` above 1."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
@@ -181,7 +236,8 @@ class Generate(Section):
     """Quality of `jpg` and `webp`."""
     score: bool = False
     """Score each image by `model.clip`: `clip_score` to its caption, `twin_similarity` to the most alike image of its
-    caption, `partner_similarity` to its real image, as fields of its record."""
+    caption, `partner_similarity` to its real image, `copy_similarity` to the most alike real image (`copy_of`); and its
+    `contrast` and `detail`. Fields of its record; and `report.html`."""
     min_clip_score: NonNegative = 0.0
     """Keep images with this CLIPScore (2.5 times the cosine with their caption) or more; 0 keeps all. Scores them."""
     keep_best: Limit = 0
@@ -189,8 +245,10 @@ class Generate(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generate:
-        if "{caption}" not in self.prompt_template and "{label}" not in self.prompt_template:
-            raise ValueError(f"prompt_template {self.prompt_template!r} lacks {{caption}} and {{label}}")
+        for template in self.prompt_template:
+            if "{caption}" not in template and "{label}" not in template and template not in TEMPLATE_SETS:
+                sets = ", ".join(TEMPLATE_SETS)
+                raise ValueError(f"prompt_template {template!r} lacks {{caption}} and {{label}} and is none of {sets}")
         if self.negative_prompt and self.guidance <= 1:
             raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
         if self.source == "pipeline" and self.keep_best > self.per_caption:
@@ -201,7 +259,19 @@ class Generate(Section):
             raise ValueError(f"height = {self.height} and width = {self.width}: set both or neither")
         if (self.source == "import") != bool(self.import_path):
             raise ValueError('source = "import" and import_path = "..." go together: set both or neither')
+        if self.source == "import" and self.mix:
+            raise ValueError('mix names generators and source = "import" draws nothing: set one of them')
+        names = [each.name for each in self.mix]
+        if len(set(names)) < len(names):
+            raise ValueError(f"mix names a generator twice: {', '.join(names)}")
+        for each in self.mix:
+            self.with_generator(each)
         return self
+
+    def with_generator(self, generator: Generator) -> Generate:
+        """These settings for one generator of ``mix`` alone."""
+        own = generator.model_dump(exclude={"share"}, exclude_none=True)
+        return Generate.model_validate(self.model_dump() | own | {"mix": ()})
 
 
 class Align(Section):
@@ -656,6 +726,11 @@ def _explain(item: Any) -> str:
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     model: Any = Profile
     for part in location:
+        if isinstance(part, int):  # a table of generate.mix
+            continue
+        if (model, part) == (Generate, "mix"):
+            model = Generator
+            continue
         field = model.model_fields.get(part)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
             return []
@@ -682,7 +757,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items()) + "}"
+        pairs = (f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items() if each is not None)
+        return "{" + ", ".join(pairs) + "}"
     raise TypeError(f"{value!r} has no TOML form")
 
 

@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gmail_cli.artifacts import Artifact, Waiting, Workspace
-from gmail_cli.components import diffusion
+from gmail_cli.components import diffusion, quality
 from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import Generate, Profile, build
 from gmail_cli.stages import generate
+from gmail_cli.stages.generate import checking, drawing, exporting, planning
 
 # some of diffusers' schedulers ask numpy for copies in a way that numpy 2 deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -218,7 +219,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_named(pipeline: Any) -> None:
 
     hook = pipeline.unet.register_forward_pre_hook(full)
     try:
-        with pytest.raises(SetupError, match=r"batch of 4 images.*\n.*batch_size to 2"):
+        with pytest.raises(SetupError, match=r"batch of 4 images.*\n--set generate\.batch_size=2 "):
             next(diffusion.Sampler(pipeline, sampling=SAMPLING).draw(JOBS))
     finally:
         hook.remove()
@@ -347,7 +348,7 @@ def test_the_same_captions_are_the_same_plan_wherever_they_lie(
 
 def test_coco_times_five_is_five_images_for_every_caption(shared_data: Path, pipeline_folder: Path) -> None:
     source = shared_data / "coco" / "captions_val2017.json"
-    planned = generate.plan(profile_for(pipeline_folder, source, per_caption=5, limit=20))
+    planned = planning.plan(profile_for(pipeline_folder, source, per_caption=5, limit=20))
     assert len({each.owner for each in planned}) == 20
     assert len({each.caption_id for each in planned}) == len(planned) / 5 >= 100
 
@@ -361,13 +362,14 @@ CHANGES: dict[str, Any] = {
     "scheduler": "EulerDiscreteScheduler",
     "steps": 3,
     "guidance": 4.0,
-    "prompt_template": "a photo of {caption}",
+    "prompt_template": ["a photo of {caption}", "{caption}"],
     "negative_prompt": "bad",
     "batch_size": 3,
     "format": "jpg",
 }
 OTHERWISE_TESTED = {
     *("score", "min_clip_score", "keep_best"),
+    *("mix", "strength"),
     "source",
     "import_path",
     "model",
@@ -424,14 +426,14 @@ def test_lossy_formats_are_what_they_are_called(
 
 
 def test_kinds_choose_the_captions(pipeline_folder: Path) -> None:
-    def planned(*kinds: str) -> generate.Plan:
+    def planned(*kinds: str) -> planning.Plan:
         profile = build(
             {
                 "data": {"train": "scenes:train", "train_limit": 2},
                 "generate": {"model": str(pipeline_folder), "kinds": list(kinds)},
             }
         )
-        return generate.plan(profile)
+        return planning.plan(profile)
 
     short, long = planned("short"), planned("long")
     assert (len(short), len(long)) == (10, 2)
@@ -467,21 +469,21 @@ def test_settings_that_do_not_fit_together_are_refused(wrong: dict[str, Any]) ->
 
 @given(st.lists(st.text(min_size=1, max_size=200), unique=True, max_size=8), st.integers(0, 10))
 def test_keys_are_safe_file_names_and_never_meet(identities: list[str], k: int) -> None:
-    keys = [generate.file_key(identity, k) for identity in identities]
+    keys = [planning.file_key(identity, k) for identity in identities]
     assert len(set(keys)) == len(keys)
     assert all(re.fullmatch(r"[a-z0-9_-][a-z0-9._-]*", key) and len(key) < 120 for key in keys)
 
 
 def test_a_plain_id_stays_readable() -> None:
-    assert generate.file_key("000123#2", 4) == "000123_2-3ff9fe96a434-4"
-    assert generate.file_key("scene-0001.c2", 0) == "scene-0001.c2-0"
+    assert planning.file_key("000123#2", 4) == "000123_2-3ff9fe96a434-4"
+    assert planning.file_key("scene-0001.c2", 0) == "scene-0001.c2-0"
 
 
 # -- interruption ----------------------------------------------------------------------------------------------
 
 
 PRELOADED = [
-    "gmail_cli.stages.generate",
+    "gmail_cli.stages.generate.drawing",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.schedulers.scheduling_ddim",
     "transformers.models.clip.modeling_clip",
@@ -592,14 +594,14 @@ def test_a_template_holds_caption_and_class(tmp_path: Path, pipeline_folder: Pat
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = "{label}: {caption}, a photo of a {label}"
     profile = profile_for(pipeline_folder, file, prompt_template=template)
-    told = generate._Work(profile).jobs
+    told = drawing.Work(profile).jobs
     assert [job.prompt for job in told] == [
         "cat: a {label} on a table, a photo of a cat",
         "dog: dogs, a photo of a dog",
     ]
     artifact = generate.run(profile, Workspace(tmp_path))
     assert [row["caption"] for row in artifact.read_jsonl("records.jsonl")] == ["a {label} on a table", "dogs"]
-    assert generate.regenerate(profile, artifact, count=2) == []
+    assert checking.regenerate(profile, artifact, count=2) == []
     file.write_text(json.dumps({"key": "a", "caption": "a cat"}) + "\n")
     with pytest.raises(InputError, match=r"\{label\} and image 'a' of .*captions.jsonl has no class"):
         generate.plan_key(profile_for(pipeline_folder, file, prompt_template="{label}"))
@@ -612,7 +614,7 @@ def test_a_template_holds_caption_and_class(tmp_path: Path, pipeline_folder: Pat
 def test_parts_drawn_apart_end_in_the_bytes_of_one_process(
     tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch, parts: int
 ) -> None:
-    monkeypatch.setattr(generate, "SHARD", 8)
+    monkeypatch.setattr(drawing, "SHARD", 8)
     profile = profile_for(pipeline_folder, captions_file, per_caption=2, scheduler="EulerAncestralDiscreteScheduler")
     expected = generate.run(profile, Workspace(tmp_path / "whole"))  # 48 images in 6 shards
     workspace = Workspace(tmp_path / "parts")
@@ -631,7 +633,7 @@ def test_parts_drawn_apart_end_in_the_bytes_of_one_process(
 def test_a_run_without_part_finishes_what_parts_left_and_makes_lost_images_again(
     tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "SHARD", 8)
+    monkeypatch.setattr(drawing, "SHARD", 8)
     profile = profile_for(pipeline_folder, captions_file)  # 24 images in 3 shards
     expected = generate.run(profile, Workspace(tmp_path / "whole"))
     workspace = Workspace(tmp_path / "parts")
@@ -647,7 +649,7 @@ def test_a_run_without_part_finishes_what_parts_left_and_makes_lost_images_again
 def test_shards_that_another_process_draws_are_left_to_it(
     tmp_path: Path, pipeline_folder: Path, captions_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "SHARD", 8)
+    monkeypatch.setattr(drawing, "SHARD", 8)
     profile, workspace = profile_for(pipeline_folder, captions_file), Workspace(tmp_path)
     with (
         workspace.open(generate.plan_key(profile), shared=True) as slot,
@@ -689,7 +691,7 @@ def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact
     assert artifact.verify() == []
     drawn = generate.run(scored_profile(pipeline_folder, score=False), workspace)
     rows, plain = artifact.read_jsonl("records.jsonl"), drawn.read_jsonl("records.jsonl")
-    new = {"clip_score", "twin_similarity", "partner_similarity"}
+    new = {*quality.COLUMNS, "copy_of"}
     assert [{key: value for key, value in row.items() if key not in new} for row in rows] == plain
     assert generate.plan_key(scored_profile(pipeline_folder)).digest == artifact.digest
     clip = encoders.load_clip("tiny")
@@ -704,10 +706,12 @@ def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact
         assert row["clip_score"] == pytest.approx(2.5 * max(0, images[at] @ texts[at]), abs=1e-5)
         assert row["twin_similarity"] == pytest.approx(max(twins), abs=1e-5)
         assert row["partner_similarity"] == pytest.approx(images[at] @ partners[owners.index(row["owner"])], abs=1e-5)
+        assert row["copy_similarity"] == pytest.approx((images[at] @ partners.T).max(), abs=1e-5)
+        assert row["copy_of"] == owners[int((images[at] @ partners.T).argmax())]
     assert artifact.summary["clip_score"]["mean"] == pytest.approx(
         sum(row["clip_score"] for row in rows) / 12, abs=1e-5
     )
-    assert generate.regenerate(scored_profile(pipeline_folder), artifact, count=2) == []
+    assert checking.regenerate(scored_profile(pipeline_folder), artifact, count=2) == []
 
 
 def test_the_best_are_kept_and_the_others_recorded_without_drawing_again(
@@ -724,7 +728,7 @@ def test_the_best_are_kept_and_the_others_recorded_without_drawing_again(
         row for row in rows if row not in kept
     ]
     assert {row["reason"] for row in rejected} == {"not among the 1 best of its caption"}
-    assert set(best.files) == {"records.jsonl", "rejected.jsonl", *(row["path"] for row in kept)}
+    assert set(best.files) == {"records.jsonl", "rejected.jsonl", "report.html", *(row["path"] for row in kept)}
     assert best.verify() == []
     assert (best.summary["images"], best.summary["rejected"], best.summary["captions"]) == (4, 8, 4)
 
@@ -753,7 +757,7 @@ def test_an_export_is_read_by_us_and_says_where_each_image_lies(
     artifact = scored[1]
     target = f"memory://{tmp_path.name}/set" if remote else str(tmp_path / "set")
     told: list[tuple[int, int]] = []
-    generate.export(artifact, target, shard_images=5, progress=lambda *at: told.append(at))
+    exporting.export(artifact, target, shard_images=5, progress=lambda *at: told.append(at))
     assert told[-1] == (12, 12)
     system, root = fsspec.core.url_to_fs(target)
     assert sorted(Path(name).name for name in system.ls(root, detail=False)) == [
@@ -778,8 +782,8 @@ def test_an_export_is_read_by_us_and_says_where_each_image_lies(
     texts = captions.read(f"{target}/images.parquet")
     assert [caption.text for caption in texts.captions] == [row["caption"] for row in rows]
     with pytest.raises(UsageError, match="is there already"):
-        generate.export(artifact, target)
-    generate.export(artifact, f"{target}-again", shard_images=5)
+        exporting.export(artifact, target)
+    exporting.export(artifact, f"{target}-again", shard_images=5)
     for name in system.ls(root, detail=False):
         again = name.replace("/set/", "/set-again/")
         assert system.cat_file(again) == system.cat_file(name)
@@ -798,9 +802,9 @@ def test_an_export_that_was_cut_short_has_no_table_and_is_written_over(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate.export(artifact, target, shard_images=5, progress=stop)
+        exporting.export(artifact, target, shard_images=5, progress=stop)
     assert [Path(name).name for name in system.ls(f"/{tmp_path.name}/cut", detail=False)] == ["00000.tar"]
-    generate.export(artifact, target, shard_images=5)
+    exporting.export(artifact, target, shard_images=5)
     assert system.exists(f"/{tmp_path.name}/cut/images.parquet")
 
 
@@ -826,7 +830,7 @@ def test_webdataset_and_datasets_read_an_export(scored: tuple[Workspace, Artifac
     if missing:
         message = f"{' and '.join(missing)} of the extra dev not installed"
         pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    generate.export(scored[1], str(tmp_path / "set"), shard_images=5)
+    exporting.export(scored[1], str(tmp_path / "set"), shard_images=5)
     command = [sys.executable, "-c", READERS, str(tmp_path / "set"), str(tmp_path / "cache")]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -845,8 +849,8 @@ def test_an_estimate_is_drawn_from_batches_that_are_not_kept(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     profile = profile_for(pipeline_folder, captions_file, per_caption=2)
-    assert generate.estimate(profile) == {"images": 48, "captions": 24}
-    told = generate.estimate(profile, batches=2)
+    assert checking.estimate(profile) == {"images": 48, "captions": 24}
+    told = checking.estimate(profile, batches=2)
     made = generate.run(profile, Workspace(tmp_path / "runs"))
     sizes = [row["bytes"] for row in made.read_jsonl("records.jsonl")]
     assert told["bytes_per_image"] == sum(sizes[:8]) // 8
@@ -856,7 +860,7 @@ def test_an_estimate_is_drawn_from_batches_that_are_not_kept(
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     imported = build({"generate": {"source": "import", "import_path": str(made.path)}})
     with pytest.raises(UsageError, match="imported images are not drawn"):
-        generate.estimate(imported, batches=1)
+        checking.estimate(imported, batches=1)
 
 
 # -- import ----------------------------------------------------------------------------------------------------
@@ -936,15 +940,15 @@ def test_images_drawn_again_are_the_same(tmp_path: Path, pipeline_folder: Path, 
     artifact = generate.run(profile, Workspace(tmp_path))
     seen: list[tuple[int, int]] = []
     other = profile.model_copy(update={"generate": profile.generate.model_copy(update={"steps": 9, "guidance": 1.0})})
-    assert generate.regenerate(other, artifact, count=3, progress=lambda *at: seen.append(at)) == []
+    assert checking.regenerate(other, artifact, count=3, progress=lambda *at: seen.append(at)) == []
     assert seen[-1] == (3, 3)
     count = artifact.summary["images"]
-    assert generate.regenerate(profile, artifact, count=10 * count) == []
+    assert checking.regenerate(profile, artifact, count=10 * count) == []
 
     record = artifact.read_jsonl("records.jsonl")[0]
     rows = [json.dumps({**row, "k": row["k"] + 1}) for row in artifact.read_jsonl("records.jsonl")]
     artifact.file("records.jsonl").write_text("\n".join(rows) + "\n")
-    problems = generate.regenerate(profile, artifact, count=count)
+    problems = checking.regenerate(profile, artifact, count=count)
     assert len(problems) == count
     assert problems[0].startswith(f"{record['path']}: drawn again, pixels differ by ")
 
@@ -952,10 +956,10 @@ def test_images_drawn_again_are_the_same(tmp_path: Path, pipeline_folder: Path, 
 def test_what_cannot_be_drawn_again(tmp_path: Path, pipeline_folder: Path, captions_file: Path) -> None:
     artifact = generate.run(profile_for(pipeline_folder, captions_file), Workspace(tmp_path))
     with pytest.raises(InputError, match=r"generate\.model = 'tiny' is not the pipeline that drew"):
-        generate.regenerate(build({}), artifact, count=1)
+        checking.regenerate(build({}), artifact, count=1)
     source = artifact.path / "images"
     imported = generate.run(
         build({"generate": {"source": "import", "import_path": str(source)}}), Workspace(tmp_path, "imported")
     )
     with pytest.raises(InputError, match="holds no images that `gmail generate` drew"):
-        generate.regenerate(build({}), imported, count=1)
+        checking.regenerate(build({}), imported, count=1)

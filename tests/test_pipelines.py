@@ -66,7 +66,7 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
     kind: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gmail_cli.stages.generate.SHARD", 2)
+    monkeypatch.setattr("gmail_cli.stages.generate.drawing.SHARD", 2)
     rows = [{"image_id": noun, "caption_id": noun, "caption": f"a {noun} on a table"} for noun in NOUNS]
     for name, order in (("captions", rows), ("reversed", rows[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
@@ -90,6 +90,33 @@ def test_captions_longer_than_the_text_encoders_are_marked(kind: str, folders: P
     sampler = diffusion.Sampler(diffusion.load_pipeline(str(folders / kind)), sampling=SAMPLING)
     jobs = [diffusion.Job("fits", "a b c", 0), diffusion.Job("cut", "a " * 400, 0)]
     assert [drawn.truncated for drawn in next(sampler.draw(jobs))] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl", "sd3", "flux"], indirect=True)
+def test_images_that_begin_as_real_ones_are_the_same_bytes_too(kind: str, folders: Path) -> None:
+    from gmail_cli.components.scenes import scene_bytes
+
+    def begins(owner: str) -> bytes:
+        return scene_bytes("train", NOUNS.index(owner), size=40)
+
+    pipeline = diffusion.load_pipeline(str(folders / kind), image_to_image=True)
+    size = 16 if kind == "flux" else 0
+    sampling = dataclasses.replace(SAMPLING, steps=4, strength=0.5, height=size, width=size)
+    sampler = diffusion.Sampler(pipeline, sampling=sampling, begins=begins)
+    assert sampler.reuses_encodings
+    jobs = [diffusion.Job(noun, f"a {noun}", k, noun) for noun in NOUNS[:3] for k in range(2)]
+
+    def drawn(jobs: list[diffusion.Job]) -> dict[diffusion.Job, bytes]:
+        return {each.job: each.pixels.tobytes() for batch in sampler.draw(jobs) for each in batch}
+
+    whole = drawn(jobs)
+    assert len(set(whole.values())) == 6
+    assert drawn(jobs[::-1]) == whole
+    assert drawn(jobs[4:5]) == {jobs[4]: whole[jobs[4]]}
+    moved = [dataclasses.replace(job, owner=NOUNS[4]) for job in jobs]
+    assert not set(drawn(moved).values()) & set(whole.values())
+    sampler.reuses_encodings = False
+    assert drawn(jobs) == whole
 
 
 @pytest.mark.parametrize("kind", ["flux"], indirect=True)

@@ -55,6 +55,7 @@ def test_every_field_has_a_docstring_in_the_schema() -> None:
         for key, field in section.model_fields.items():
             assert field.description, f"{name}.{key} has no docstring"
             assert json.dumps(field.description)[1:-1] in schema
+    assert all(field.description for field in profiles.Generator.model_fields.values())
 
 
 @pytest.mark.parametrize(

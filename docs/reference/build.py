@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 
 import typer
+from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
 from gmail_cli import profile as profiles
@@ -30,6 +31,8 @@ def profile_page() -> str:
         section = profiles.Profile.model_fields[name].annotation
         assert section is not None
         lines += _section(section, f"`[{name}]`")
+        if section is profiles.Generate:
+            lines += _section(profiles.Generator, "`[[generate.mix]]`")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -49,7 +52,9 @@ def _cell(text: str | None) -> str:
 
 
 def _default(value: object) -> str:
-    return profiles._toml(value) if not isinstance(value, profiles.Section) else ""
+    if value is None or value is PydanticUndefined or isinstance(value, profiles.Section):
+        return ""
+    return profiles._toml(value)
 
 
 def _type(annotation: object, metadata: typing.Sequence[object] = ()) -> str:
@@ -62,7 +67,7 @@ def _type(annotation: object, metadata: typing.Sequence[object] = ()) -> str:
     elif origin is tuple:
         text = f"list of {_type(typing.get_args(annotation)[0])}"
     elif origin in (typing.Union, types.UnionType):
-        text = " or ".join(_type(part) for part in typing.get_args(annotation))
+        text = " or ".join(_type(part) for part in typing.get_args(annotation) if part is not types.NoneType)
     else:
         text = getattr(annotation, "__name__", str(annotation))
     bounds = [

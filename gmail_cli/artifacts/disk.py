@@ -13,7 +13,13 @@ from typing import Any
 from gmail_cli.artifacts.digests import canonical_json
 from gmail_cli.errors import SetupError
 
-_DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+_TROUBLE = {
+    5: "the disk failed",  # EIO
+    27: "the file would be larger than this system allows",  # EFBIG
+    28: "the disk is full",  # ENOSPC
+    30: "the disk is read-only",  # EROFS
+    122: "the disk quota is used up",  # EDQUOT
+}
 
 
 class Lock:
@@ -95,14 +101,14 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     try:
         write_atomic(path, writer)
     except OSError as error:
-        explain_full_disk(error, path)
+        explain(error, path)
         raise
 
 
-def explain_full_disk(error: OSError, path: Path) -> None:
-    if error.errno in _DISK_FULL:
-        hint = "Free some space and run the same command again: finished files are kept."
-        raise SetupError(f"the disk is full: could not write {path}", hint=hint) from error
+def explain(error: OSError, path: Path) -> None:
+    if error.errno in _TROUBLE:
+        hint = "Put that right and run the same command again: finished files are kept."
+        raise SetupError(f"{_TROUBLE[error.errno]}: could not write {path}", hint=hint) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from gmail_cli.artifacts import disk
 from gmail_cli.errors import SetupError, UsageError
 
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
+"""fsspec's names of stores without folders; asked for one, they would make a bucket of a misspelt name."""
 EXPORTED = "images.parquet"
 """The last file of an export."""
 
@@ -76,7 +78,8 @@ def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object
         with tempfile.TemporaryDirectory() as local:
             if system.exists(f"{root}/{EXPORTED}"):
                 raise UsageError(f"{target} is there already", hint="Name a new folder.")
-            system.makedirs(root, exist_ok=True)
+            if not _OBJECT_STORES & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
+                system.makedirs(root, exist_ok=True)
             for name, write in files:
                 path = Path(local, name)
                 write(path)

@@ -110,7 +110,7 @@ class RowLog:
         try:
             disk.append_rows(self._growing, rows)
         except OSError as error:
-            disk.explain_full_disk(error, self._growing)
+            disk.explain(error, self._growing)
             raise
 
     def complete(self) -> None:

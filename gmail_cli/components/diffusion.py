@@ -10,11 +10,12 @@ and reuse the encoding for every k; others are given the captions as text and en
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from gmail_cli.errors import InputError, SetupError, UsageError
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Bool, Float, UInt8
+    from PIL import Image
     from torch import Tensor
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
@@ -46,9 +48,17 @@ ENCODED = {
     "PixArtAlphaPipeline": _MASKED,
     "PixArtSigmaPipeline": _MASKED,
     "SanaPipeline": _MASKED,
+    "StableDiffusionImg2ImgPipeline": _PLAIN,
+    "StableDiffusionXLImg2ImgPipeline": _POOLED,
+    "StableDiffusion3Img2ImgPipeline": _POOLED,
+    "FluxImg2ImgPipeline": ("prompt_embeds", "pooled_prompt_embeds", ""),
 }
 """Pipelines whose text encodings are reused, and the arguments that take what their ``encode_prompt`` returns, in order
 (an empty name: nothing takes it)."""
+
+
+class BatchTooLargeError(SetupError):
+    """A batch that does not fit the memory of the GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +69,13 @@ class Job:
         caption_id: Identity of the caption; part of the seed.
         prompt: The text given to the generator; part of the seed.
         k: Which of the caption's images this is, from 0; part of the seed.
+        owner: The real image that the caption describes, where drawing begins with it.
     """
 
     caption_id: str
     prompt: str
     k: int
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,7 @@ class Sampling:
         height: Pixels; 0 for the pipeline's own.
         width: Pixels; 0 for the pipeline's own.
         batch_size: Rows in every call of the pipeline, padded when fewer remain.
+        strength: Share of the noise that is laid on a real image to begin with; 0 begins with noise alone.
         seed: Part of every image's seed.
     """
 
@@ -86,6 +99,7 @@ class Sampling:
     height: int = 0
     width: int = 0
     batch_size: int = 8
+    strength: float = 0.0
     seed: int = 0
 
 
@@ -126,6 +140,7 @@ def load_pipeline(
     device: str = "cpu",
     lora: str = "",
     lora_scale: float = 1.0,
+    image_to_image: bool = False,
 ) -> Any:
     """Load a diffusers text-to-image pipeline, ready to sample.
 
@@ -137,11 +152,13 @@ def load_pipeline(
         device: Name of a torch device.
         lora: A ``.safetensors`` file of LoRA weights in diffusers' format, added into the weights; empty for none.
         lora_scale: Factor of their update.
+        image_to_image: Give the pipeline of the same family that begins with an image.
 
     Raises:
         InputError: A folder that is not a pipeline; LoRA weights that are missing or not made for it.
         SetupError: A hub id that cannot be loaded here.
-        UsageError: A scheduler that does not suit the pipeline, or a dtype that does not suit the device.
+        UsageError: A scheduler that does not suit the pipeline, a dtype that does not suit the device, or a family
+            that cannot begin with an image.
     """
     import diffusers
     import torch
@@ -176,8 +193,27 @@ def load_pipeline(
         pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
     if lora:
         _add_lora(pipeline, lora, scale=lora_scale)
+    if image_to_image:
+        pipeline = _image_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _image_to_image(pipeline: Any) -> Any:
+    """The pipeline that begins with an image, of the same family and parts.
+
+    Raises:
+        UsageError: Diffusers has none.
+    """
+    import diffusers
+
+    try:
+        return diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UsageError(
+            f"generate.strength: diffusers has no pipeline beside {type(pipeline).__name__} that begins with an image",
+            hint="Set generate.strength to 0, or take Stable Diffusion 1, 2, 3, SDXL or FLUX.",
+        ) from error
 
 
 def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
@@ -257,11 +293,13 @@ class Sampler:
     Args:
         pipeline: What `load_pipeline` returned.
         sampling: How to draw.
+        begins: Encoded bytes of the real image of a job's ``owner``, for a ``strength`` above 0.
     """
 
-    def __init__(self, pipeline: Any, *, sampling: Sampling) -> None:
+    def __init__(self, pipeline: Any, *, sampling: Sampling, begins: Callable[[str], bytes] | None = None) -> None:
         self.pipeline = pipeline
         self.sampling = sampling
+        self._begins = begins
         self._encodings: _Encodings | None = None
         self.reuses_encodings = type(pipeline).__name__ in ENCODED
         self.accepted = inspect.signature(pipeline.__call__).parameters
@@ -288,6 +326,7 @@ class Sampler:
 
         Raises:
             SetupError: An image that stays blank or not-a-number through `ATTEMPTS` seeds.
+            BatchTooLargeError: The batch does not fit the memory, not even a second time with the allocator emptied.
             UsageError: Steps or sizes that the pipeline refuses.
         """
         if self._encodings is None or self._encodings.jobs is not jobs:
@@ -333,32 +372,23 @@ class Sampler:
 
         sampling = self.sampling
         rows = _full([*zip(batch, attempts, strict=True)], sampling.batch_size)
-        generators = [
-            torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
-            for job, attempt in rows
-        ]
-        given = encode([job.prompt for job, _ in rows])
-        given |= self._size()
         before = torch.get_rng_state()
         try:
-            images = self.pipeline(
-                **given,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                generator=generators,
-                output_type="pt",
-            ).images
-        except ValueError as error:
-            raise UsageError(
-                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
-                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {_first_line(error)}",
-                hint="set others in [generate]; some schedulers need at least 4 steps",
-            ) from error
-        except torch.OutOfMemoryError as error:
-            raise SetupError(
-                f"a batch of {sampling.batch_size} images does not fit the memory of the GPU: {_first_line(error)}",
-                hint=f"set generate.batch_size to {max(1, sampling.batch_size // 2)}: it makes another artifact",
-            ) from error
+            images = self._call(rows, encode)
+        except torch.OutOfMemoryError:
+            images = None
+        if images is None:  # once more, without what earlier batches left behind: the same rows, so the same bytes
+            gc.collect()
+            torch.cuda.empty_cache()
+            try:
+                images = self._call(rows, encode)
+            except torch.OutOfMemoryError as error:
+                half = max(1, sampling.batch_size // 2)
+                raise BatchTooLargeError(
+                    f"a batch of {sampling.batch_size} images does not fit the memory of the GPU: {_first_line(error)}",
+                    hint=f"--set generate.batch_size={half} makes another artifact, whose images differ in the last "
+                    "bits; gmail generate --dry-run --warm-up 1 finds a size that fits",
+                ) from error
         if not torch.equal(before, torch.get_rng_state()):
             raise UsageError(
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} draws noise that does "
@@ -373,14 +403,55 @@ class Sampler:
         good = finite & (spread > 2)
         return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), good.cpu().numpy()
 
+    def _call(self, rows: Sequence[tuple[Job, int]], encode: _Encodings) -> Float[Tensor, "rows 3 height width"]:
+        """One call of the pipeline for (job, attempt) in each row, each with a generator of its own."""
+        import torch
+
+        sampling = self.sampling
+        given = encode([job.prompt for job, _ in rows]) | self._size()
+        if sampling.strength:
+            given |= {"image": [self._beginning(job) for job, _ in rows], "strength": sampling.strength}
+        try:
+            return self.pipeline(
+                **given,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                generator=[
+                    torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
+                    for job, attempt in rows
+                ],
+                output_type="pt",
+            ).images
+        except ValueError as error:
+            raise UsageError(
+                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
+                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {_first_line(error)}",
+                hint="set others in [generate]; some schedulers need at least 4 steps",
+            ) from error
+
     def _size(self) -> dict[str, Any]:
         """Arguments that ask for images of just the size that is wanted."""
         height, width = self.sampling.height, self.sampling.width
         if "use_resolution_binning" not in self.accepted:
-            return {"height": height, "width": width} if height else {}
+            return {"height": height, "width": width} if height and "height" in self.accepted else {}
         # PixArt and Sana draw at the nearest size they were trained on and scale; Sana's own size is not its model's
         own = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
         return {"height": height or own, "width": width or own, "use_resolution_binning": False}
+
+    def _beginning(self, job: Job) -> Image.Image:
+        """The real image of a job, its middle cut to the shape that is drawn and scaled to it."""
+        from PIL import Image, ImageOps
+
+        from gmail_cli.components.images import decode
+
+        assert self._begins is not None, "nobody said where images begin"
+        height, width = self.sampling.height, self.sampling.width
+        if not height:
+            network = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+            units = network.config.get("sample_size") or self.pipeline.default_sample_size
+            height = width = units * self.pipeline.vae_scale_factor
+        real = decode(self._begins(job.owner), name=f"the real image {job.owner!r}")
+        return ImageOps.fit(real, (width, height), method=Image.Resampling.BICUBIC)
 
     def _truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt is cut by every tokenizer of the pipeline."""

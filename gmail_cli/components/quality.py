@@ -1,23 +1,45 @@
-"""How good generated images are, as columns: by their caption, one another, their real partner; and which to keep."""
+"""How good generated images are, as columns: by their caption, one another, real images, their pixels; and which to
+keep."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from gmail_cli.components import search
 from gmail_cli.components.encoders import Clip, embed_images, embed_texts
+from gmail_cli.components.images import decode
 from gmail_cli.components.metrics.clipscore import clip_score
 from gmail_cli.errors import InputError
 
 CHUNK = 2048
 """Images that are scored at a time, up to the last of a caption."""
+COLUMNS = ("clip_score", "twin_similarity", "partner_similarity", "copy_similarity", "contrast", "detail")
+"""The numbers among the scores of an image; ``copy_of`` says what ``copy_similarity`` is to."""
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images that generated ones are held against.
+
+    Attributes:
+        ids: Of each.
+        vectors: Unit embeddings by f_r, in that order.
+        partners: For every generated image the row of the one that its caption describes.
+    """
+
+    ids: Sequence[str]
+    vectors: Float[np.ndarray, "real dim"]
+    partners: Sequence[int]
 
 
 def chunks(captions: Sequence[str], *, size: int = CHUNK) -> list[range]:
@@ -37,23 +59,23 @@ def score(
     *,
     image_bytes: Callable[[int], bytes],
     captions: Sequence[str],
-    partner_bytes: Callable[[int], bytes] | None = None,
-    partners: Sequence[int] = (),
+    real: RealImages | None = None,
     workers: int = 2,
 ) -> list[Row]:
-    """Scores of some images by a frozen CLIP.
+    """Scores of some images by a frozen CLIP, and of their pixels.
 
     ``clip_score``: 2.5 max(cos, 0) of image and caption (Hessel et al. 2021). ``twin_similarity``: the highest cosine
     with another image of the same caption, None for an only one; near 1 the generator repeats itself.
-    ``partner_similarity``: cosine with the real image that the caption describes, None where there is none.
+    ``partner_similarity``: cosine with the real image that the caption describes. ``copy_similarity`` and ``copy_of``:
+    cosine with the most alike of all real images, and its id; near 1 the generator may have copied it. All three are
+    None without real images. ``contrast`` and ``detail``: see :func:`sanity`.
 
     Args:
         clip: The frozen CLIP, f_r and its text tower.
         rows: Which images: all of each caption.
         image_bytes: Encoded bytes of image i.
         captions: Of every image; equal neighbours are one caption.
-        partner_bytes: Encoded bytes of real image j.
-        partners: For every image its real image.
+        real: The real images, where they are at hand.
         workers: Threads that decode.
     """
     images = embed_images(clip, lambda row: image_bytes(rows[row]), len(rows), workers=workers)
@@ -62,12 +84,19 @@ def score(
     places = {text: place for place, text in enumerate(texts)}
     embedded, _ = embed_texts(clip, texts)
     scores = clip_score(images, captions=embedded[[places[text] for text in own]])
-    likeness: list[float | None] = [None] * len(rows)
-    if partner_bytes is not None:
-        wanted = list(dict.fromkeys(partners[row] for row in rows))
-        real = embed_images(clip, lambda row: partner_bytes(wanted[row]), len(wanted), workers=workers)
-        at = {partner: place for place, partner in enumerate(wanted)}
-        likeness = [_cosine(images[place], real[at[partners[row]]]) for place, row in enumerate(rows)]
+    likeness: list[Row] = [{"partner_similarity": None, "copy_similarity": None, "copy_of": None}] * len(rows)
+    if real is not None:
+        nearest = search.exact(real.vectors, images, k=1).ids[:, 0]
+        likeness = [
+            {
+                "partner_similarity": _cosine(image, real.vectors[real.partners[row]]),
+                "copy_similarity": _cosine(image, real.vectors[near]),
+                "copy_of": real.ids[near],
+            }
+            for row, image, near in zip(rows, images, nearest.tolist(), strict=True)
+        ]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        pixels = list(pool.map(lambda row: sanity(image_bytes(row), name=f"image {row}"), rows))
     groups: dict[str, list[int]] = defaultdict(list)
     for place, text in enumerate(own):
         groups[text].append(place)
@@ -79,9 +108,23 @@ def score(
             for place, value in zip(group, apart.max(axis=1), strict=True):
                 twins[place] = _rounded(value)
     return [
-        {"clip_score": _rounded(value), "twin_similarity": twin, "partner_similarity": like}
-        for value, twin, like in zip(scores, twins, likeness, strict=True)
+        {"clip_score": _rounded(value), "twin_similarity": twin, **like, **pixel}
+        for value, twin, like, pixel in zip(scores, twins, likeness, pixels, strict=True)
     ]
+
+
+def sanity(data: bytes, *, name: str = "image") -> Row:
+    """What the pixels of an encoded image say without any model, in shares of the range from black to white.
+
+    ``contrast``: standard deviation of the brightness, 0 for one colour. ``detail``: mean absolute step between
+    neighbouring pixels, low where an image is blurred or empty, about 0.3 for noise.
+
+    Raises:
+        InputError: The bytes are no image.
+    """
+    grey = np.asarray(decode(data, name=name).convert("L"), dtype=np.float32) / 255
+    steps = [np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1) if grey.shape[axis] > 1]
+    return {"contrast": _rounded(grey.std()), "detail": _rounded(np.mean(steps)) if steps else 0.0}
 
 
 def choose(rows: Sequence[Mapping[str, Any]], *, minimum: float, best: int) -> list[str]:

@@ -63,6 +63,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         **dict.fromkeys(("generator", "model", "settings", "sha256", "shard", "sample"), text),
         **dict.fromkeys(("offset", "bytes", "width", "height"), whole),
         "truncated": pa.bool_(),
-        **dict.fromkeys(("clip_score", "twin_similarity", "partner_similarity"), real),
+        **dict.fromkeys(("clip_score", "twin_similarity", "partner_similarity", "copy_similarity"), real),
+        "copy_of": text,
+        **dict.fromkeys(("contrast", "detail"), real),
     }
     return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(list(kinds.items())))

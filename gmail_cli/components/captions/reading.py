@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import itertools
 import re
@@ -100,7 +102,8 @@ def read(
         rows = formats.scene_rows(formats.scene_split(source), request)
     else:
         rows = _rows(_paths(source, format), format, request, report)
-    dataset = _assemble(rows, source, report, limit=limit, holdout=holdout)
+    with _uncollected():
+        dataset = _assemble(rows, source, report, limit=limit, holdout=holdout)
     if bad and on_bad == "fail":
         more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise InputError(
@@ -113,6 +116,18 @@ def read(
     if need_images and not dataset.has_images:
         raise InputError(f"{source} carries no images", hint="Name the folder that holds the image files.")
     return replace(dataset, class_names=_scene_classes() if scenes else dataset.class_names, skipped=tuple(bad))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cycles: records are in none, and over a million of them it takes half of the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _scene_classes() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from gmail_cli.components.report import names, plots
 from gmail_cli.components.report.layout import paper_tables
-from gmail_cli.components.report.records import Picture, Report
+from gmail_cli.components.report.records import GeneratedReport, Picture, Report
 from gmail_cli.components.report.verdict import outcome_of, verdict
 from gmail_cli.components.scores import HEADLINES
 
@@ -24,6 +24,7 @@ _TEMPLATES = (
     "serve.html.j2",
     "report.md.j2",
     "runs.html.j2",
+    "generated.html.j2",
 )
 
 
@@ -35,6 +36,11 @@ def html(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The report's sentences and tables as Markdown."""
     return _render("report.md.j2", report)
+
+
+def generated_page(report: GeneratedReport) -> str:
+    """The report on a set of generated images, as :func:`html` is one on an evaluation."""
+    return environment().get_template("generated.html.j2").render(report=report)
 
 
 def search_page(query: str, hits: Sequence[tuple[str, str, float]], thumbnails: Sequence[bytes | None]) -> str:
@@ -199,6 +205,7 @@ def environment() -> Environment:
         line_chart=plots.line_chart,
         breakdown_chart=plots.breakdown_chart,
         cloud_panel=plots.cloud_panel,
+        histogram_chart=plots.histogram_chart,
         outcome_of=outcome_of,
         arm_notes=names.ARM_NOTES,
     )

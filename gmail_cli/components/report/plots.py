@@ -16,7 +16,7 @@ from jaxtyping import Float
 from markupsafe import Markup, escape
 
 from gmail_cli.components.report.names import arm_rank
-from gmail_cli.components.report.records import Breakdown, Chart, Cloud
+from gmail_cli.components.report.records import Breakdown, Chart, Cloud, Histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,6 +127,24 @@ def breakdown_chart(breakdown: Breakdown) -> Markup:
         )
 
     return _svg(draw, label=breakdown.title, height=len(breakdown.labels) * 19 + 28)
+
+
+def histogram_chart(histogram: Histogram, *, bins: int = 40) -> Markup:
+    """Bars of the images kept and, as an outline upon them, those left out."""
+
+    def draw(axes: Axes) -> None:
+        edges = np.histogram_bin_edges(np.concatenate([histogram.kept, histogram.rejected]), bins=bins)
+        kept = np.histogram(histogram.kept, bins=edges)[0]
+        axes.stairs(kept, edges, fill=True, color=_COLOURS["generated-aligned"])
+        if len(histogram.rejected):
+            both = kept + np.histogram(histogram.rejected, bins=edges)[0]
+            axes.stairs(both, edges, baseline=kept, color=_COLOURS["generated-naive"], linewidth=1.4)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel("images")
+        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="y", integer=True)
+
+    return _svg(draw, label=f"histogram: {histogram.title}", height=190)
 
 
 def cloud_panel(cloud: Cloud, *, extent: tuple[float, float, float, float]) -> Markup:

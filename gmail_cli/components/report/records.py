@@ -111,6 +111,35 @@ class RunNote:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How the values of one column are spread.
+
+    Attributes:
+        title: What is counted.
+        note: How to read it.
+        kept: A value for each image that was kept.
+        rejected: A value for each image that was left out.
+    """
+
+    title: str
+    note: str
+    kept: Float[np.ndarray, " kept"]
+    rejected: Float[np.ndarray, " rejected"]
+
+
+@dataclass(frozen=True)
+class GeneratedReport:
+    """What the page on a set of generated images shows."""
+
+    headline: str
+    facts: tuple[tuple[str, str], ...]
+    histograms: tuple[Histogram, ...]
+    worst: tuple[tuple[str, str, tuple[PictureRow, ...]], ...]
+    """(heading, how they were chosen, rows)."""
+    provenance: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a report shows. Sections without content are left out of the page. ``captions``: by task."""
 

@@ -1,0 +1,331 @@
+"""Making the images: shards of the plan, each with a log of its records, by any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+from gmail_cli.artifacts import Artifact, RowLog, Slot, Waiting, Workspace
+from gmail_cli.components import diffusion
+from gmail_cli.errors import InputError
+from gmail_cli.profile import Profile
+from gmail_cli.stages.generate.planning import Jobs, Plan, Planned, Record, key_of, planned_images, read, templates_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gmail_cli.components.captions import Dataset
+
+RECORDS = "records.jsonl"
+IMPORT_CHUNK = 64
+"""Images brought in between two writes of their records."""
+SHARD = 256
+"""Images that one process works on, up to whole batches."""
+_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+
+Progress = Callable[[int, int], None]
+
+
+def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[diffusion.Sampler, str]:
+    """The loaded pipeline, and the device it is on, for the manifest.
+
+    Args:
+        profile: What is read of it: ``generate``, ``runtime``, ``seed``.
+        dataset: Where images begin that do not begin as noise.
+    """
+    import torch
+
+    generate = profile.generate
+    if profile.runtime.threads:
+        torch.set_num_threads(profile.runtime.threads)
+    device = profile.runtime.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = diffusion.load_pipeline(
+        generate.model,
+        revision=generate.revision,
+        scheduler=generate.scheduler,
+        dtype=generate.dtype,
+        device=device,
+        lora=generate.lora,
+        lora_scale=generate.lora_scale,
+        image_to_image=generate.strength > 0,
+    )
+    sampling = diffusion.Sampling(
+        steps=generate.steps,
+        guidance=generate.guidance,
+        negative_prompt=generate.negative_prompt,
+        height=generate.height,
+        width=generate.width,
+        batch_size=generate.batch_size,
+        strength=generate.strength,
+        seed=profile.seed,
+    )
+    begins: Callable[[str], bytes] | None = None
+    if generate.strength and dataset is not None:
+        row_of = {image.id: row for row, image in enumerate(dataset.images)}
+        real = dataset
+
+        def begins(owner: str) -> bytes:
+            if owner not in row_of:
+                hint = "Name the set that the images were drawn for."
+                raise InputError(f"{real.name} has no image {owner!r} to begin with", hint=hint)
+            return real.image_bytes(row_of[owner])
+
+    shown = f"cuda: {torch.cuda.get_device_name()}" if device == "cuda" else device
+    return diffusion.Sampler(pipeline, sampling=sampling, begins=begins), shown
+
+
+def _describe(sampler: diffusion.Sampler) -> Record:
+    """What drew the images, as far as the settings do not say it."""
+    return {
+        "pipeline": type(sampler.pipeline).__name__,
+        "scheduler": type(sampler.pipeline.scheduler).__name__,
+        "encodings_reused": sampler.reuses_encodings,
+    }
+
+
+Task = Callable[[], Record]
+"""Writes one image and returns its record; run on a worker thread."""
+
+
+class Work:
+    """What a profile asks for, and the making of it.
+
+    Args:
+        profile: With one generator.
+        dataset: Of the profile, if it has been read.
+        plan: Its images, or a part of them.
+    """
+
+    def __init__(self, profile: Profile, *, dataset: Dataset | None = None, plan: Plan | None = None) -> None:
+        self.profile = profile
+        self.dataset = dataset or read(profile)
+        self.plan = plan or planned_images(profile, self.dataset)
+        self.key = key_of(profile, self.dataset, self.plan)
+        generate = profile.generate
+        size = IMPORT_CHUNK if generate.source == "import" else generate.batch_size
+        step = size * max(1, SHARD // size)
+        self.shards = [range(at, min(at + step, len(self.plan))) for at in range(0, len(self.plan), step)]
+        self.jobs = Jobs(self.plan, templates=templates_of(generate))
+        self._sampler: diffusion.Sampler | None = None
+        self._device = "cpu"
+
+    def log(self, slot: Slot, shard: range) -> RowLog:
+        """The records of a shard."""
+        return slot.log(f"records/{shard.start:09d}")
+
+    def make(self, workspace: Workspace, *, progress: Progress | None) -> Artifact:
+        """Make or find the artifact."""
+        with workspace.open(self.key) as slot:
+            return slot.artifact if slot.done else self.finish(slot, progress=progress)
+
+    def make_part(
+        self, workspace: Workspace, *, part: tuple[int, int], progress: Progress | None
+    ) -> Artifact | Waiting:
+        """Make the i-th of n runs of neighbouring shards; and the artifact, if that were all that was missing."""
+        number, parts = part
+        with workspace.open(self.key, shared=True) as slot:
+            if not slot.done:
+                count = len(self.shards)
+                self.fill(slot, self.shards[count * (number - 1) // parts : count * number // parts], progress=progress)
+                done = sum(self.log(slot, shard).is_complete() for shard in self.shards)
+                if done < count:
+                    return Waiting(self.key, done, count)
+        return self.make(workspace, progress=None)
+
+    def finish(self, slot: Slot, *, progress: Progress | None) -> Artifact:
+        """Make the shards that are missing, and the artifact."""
+        while True:
+            self.fill(slot, self.shards, progress=progress)
+            lost = [shard for shard in self.shards if not self._adopt(slot, shard)]
+            if not lost:
+                break
+        told = {"truncated": 0, "redrawn": 0}
+
+        def rows() -> Iterator[Record]:
+            for shard in self.shards:
+                for record in self.log(slot, shard).read():
+                    told["truncated"] += record["truncated"]
+                    told["redrawn"] += record["attempt"] > 0
+                    yield record
+
+        slot.write_jsonl(RECORDS, rows())
+        summary: Record = {
+            "images": len(self.plan),
+            "captions": self.plan.captions,
+            "owners": self.plan.owners,
+            "truncated_share": told["truncated"] / len(self.plan),
+            "redrawn": told["redrawn"],
+            "generator": self.key.settings["name"],
+        }
+        if self.profile.generate.source == "pipeline":
+            summary |= _describe(self.sampler())
+        return slot.commit(summary=summary, device=self._device)
+
+    def fill(self, slot: Slot, shards: Sequence[range], *, progress: Progress | None) -> None:
+        """Make the images of shards that are missing and that no other process is making.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, when the batch in progress is on disk.
+        """
+        missing = [shard for shard in shards if not self.log(slot, shard).is_complete()]
+        total = sum(map(len, shards))
+        done = total - sum(map(len, missing))
+        if progress and not missing:
+            progress(done, total)
+        with _deferred_interrupt() as interrupted, ThreadPoolExecutor(max(1, self.profile.runtime.workers)) as pool:
+            for shard in missing:
+                log = self.log(slot, shard)
+                with log.claim() as mine:
+                    if not mine:
+                        continue
+                    start = shard.start + self._whole(slot, shard, log)
+                    done += start - shard.start
+                    waiting: list[Future[Record]] = []
+                    for chunk in self._chunks(slot, range(start, shard.stop)):
+                        running = [pool.submit(task) for task in chunk]
+                        done += _flush(log, waiting, progress=progress, done=done, total=total)
+                        waiting = running
+                        if interrupted():
+                            break
+                    done += _flush(log, waiting, progress=progress, done=done, total=total)
+                    if interrupted():
+                        raise KeyboardInterrupt(f"{done} of {total} images are there")
+                    log.complete()
+
+    def _whole(self, slot: Slot, shard: range, log: RowLog) -> int:
+        """How many images of a shard are there, from its first; the log is cut to them."""
+        records = log.read()
+        count = 0
+        for planned, record in zip(self.plan[shard.start : shard.stop], records, strict=False):
+            path = slot.path(record["path"])
+            if record["key"] != planned.key or not path.is_file() or path.stat().st_size != record["bytes"]:
+                break
+            count += 1
+        if count < len(records):
+            log.keep(count)
+        return count
+
+    def _adopt(self, slot: Slot, shard: range) -> bool:
+        """Enter the images of a shard in the artifact; false where some are not there any more, to be made again."""
+        log = self.log(slot, shard)
+        records = log.read()
+        for count, record in enumerate(records):
+            if not slot.adopt(record["path"], sha256=record["sha256"], size=record["bytes"]):
+                log.keep(count)
+                return False
+        return len(records) == len(shard)
+
+    def _chunks(self, slot: Slot, rows: range) -> Iterator[list[Task]]:
+        name = self.key.settings["name"]
+        if self.profile.generate.source == "import":
+            return _imported(slot, self.plan, self.dataset, name=name, rows=rows)
+        return self._drawn(slot, name=name, rows=rows)
+
+    def _drawn(self, slot: Slot, *, name: str, rows: range) -> Iterator[list[Task]]:
+        extension, quality = self.profile.generate.format, self.profile.generate.quality
+
+        def task(planned: Planned, drawn: diffusion.Drawn) -> Record:
+            content = encode(drawn.pixels, extension=extension, quality=quality)
+            made = {"seed": drawn.seed, "attempt": drawn.attempt, "truncated": drawn.truncated, "generator": name}
+            height, width, _ = drawn.pixels.shape
+            return _write(slot, planned, content, extension=extension, width=width, height=height) | made
+
+        position = rows.start
+        for batch in self.sampler().draw(self.jobs, start=rows.start, stop=rows.stop):
+            yield [partial(task, self.plan[position + row], drawn) for row, drawn in enumerate(batch)]
+            position += len(batch)
+
+    def sampler(self) -> diffusion.Sampler:
+        """The pipeline, loaded when it is first needed."""
+        if self._sampler is None:
+            self._sampler, self._device = load_sampler(self.profile, dataset=self.dataset)
+        return self._sampler
+
+
+def _flush(log: RowLog, waiting: Sequence[Future[Record]], *, progress: Progress | None, done: int, total: int) -> int:
+    """Append the records of images that are being written, when they are on disk; their number."""
+    log.append([future.result() for future in waiting])
+    if progress:
+        progress(done + len(waiting), total)
+    return len(waiting)
+
+
+def _imported(slot: Slot, plan: Plan, dataset: Dataset, *, name: str, rows: range) -> Iterator[list[Task]]:
+    def task(row: int) -> Record:
+        planned, content = plan[row], dataset.image_bytes(row)
+        extension, width, height = _inspect(content, name=f"image {planned.owner!r}")
+        made = {"seed": None, "attempt": 0, "truncated": False, "generator": name}
+        return _write(slot, planned, content, extension=extension, width=width, height=height) | made
+
+    for first in range(rows.start, rows.stop, IMPORT_CHUNK):
+        yield [partial(task, row) for row in range(first, min(first + IMPORT_CHUNK, rows.stop))]
+
+
+def _write(slot: Slot, planned: Planned, content: bytes, *, extension: str, width: int, height: int) -> Record:
+    path = f"{planned.stem}.{extension}"
+    slot.write_loose(path, content)
+    return {
+        "key": planned.key,
+        "caption_id": planned.caption_id,
+        "caption": planned.caption,
+        "owner": planned.owner,
+        "label": planned.label,
+        "k": planned.k,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "path": path,
+        "bytes": len(content),
+        "width": width,
+        "height": height,
+    }
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C until it is asked for; the second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def encode(pixels: np.ndarray, *, extension: str, quality: int) -> bytes:
+    import PIL.Image
+
+    stream = io.BytesIO()
+    options = {} if extension == "png" else {"quality": quality}
+    PIL.Image.fromarray(pixels).save(stream, format={"jpg": "JPEG"}.get(extension, extension.upper()), **options)
+    return stream.getvalue()
+
+
+def _inspect(content: bytes, *, name: str) -> tuple[str, int, int]:
+    """Extension, width and height (upright) of an encoded image that can be decoded."""
+    import PIL.Image
+
+    from gmail_cli.components import images
+
+    upright = images.decode(content, name=name)
+    with PIL.Image.open(io.BytesIO(content)) as image:
+        kind = str(image.format)
+    if kind not in _EXTENSIONS:
+        raise InputError(f"{name} is a {kind} image", hint=f"Import {', '.join(_EXTENSIONS)}.")
+    return _EXTENSIONS[kind], upright.width, upright.height
