@@ -515,10 +515,11 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
 
     train = inputs.profile.train
     lm, tokenizer = load_lm(train.lm, revision=train.lm_revision)
+    dim = inputs.material.clip.dim  # loading a model draws random numbers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from("clipcap", inputs.profile.seed, cell.seed))
         captioner = Captioner(
-            inputs.material.clip.dim,
+            dim,
             lm=lm,
             tokenizer=tokenizer,
             lm_name=train.lm,
