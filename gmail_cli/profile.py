@@ -47,6 +47,7 @@ TaskName = Literal[
     "long-clip",
     "clip",
     "clipcap",
+    "sitta",
     "llava",
     "linear-probe",
     "autoencoder",
@@ -278,8 +279,8 @@ class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
 
     tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
-    """What to train: a text tower, one for long captions, a whole CLIP, a captioner, a LLaVA-style model, a class
-    probe; or the parts of a small generator."""
+    """What to train: a text tower, one for long captions, a whole CLIP, a captioner, a linear map to a language model
+    (fitted without steps), a LLaVA-style model, a class probe; or the parts of a small generator."""
     arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
         "none",
         "real",
@@ -345,7 +346,8 @@ class Train(Section):
     autoencoder: str = "tiny"
     """`latent-diffusion`: autoencoder to draw with: `tiny` (shipped) or a folder in diffusers format."""
     lm: str = "tiny"
-    """`clipcap`, `llava`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub id."""
+    """`clipcap`, `sitta`, `llava`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub
+    id."""
     lm_revision: str = ""
     """Commit of a hub language model; required for one."""
     tune_lm: bool = False
@@ -364,6 +366,13 @@ class Train(Section):
     text_memory: Limit = 0
     """`clipcap` on arm `texts`: keep the embeddings of the first N different captions; an image is then seen as the
     average of them, weighted by its similarity to each (DeCap). 0 sees the image as it is."""
+    linear_map: Literal["least-squares", "procrustes"] = "least-squares"
+    """`sitta`: how the map from image to token embeddings is fitted; `procrustes` gives an orthogonal one."""
+    retrieved_tokens: Count = 8
+    """`sitta`: tokens nearest to an image that prompt the language model."""
+    token_orders: Count = 40
+    """`sitta`: orders of these tokens that are tried for each image; of the captions the one closest to the image by
+    CLIP is taken."""
     visual: Literal["patches", "pooled"] = "patches"
     """`llava`: what it sees of an image: patch tokens (a vision transformer's last layer but one, the last feature map
     of other towers), or the embedding as the one token."""

@@ -415,6 +415,22 @@ class _Work:
 
         return self._captioned(model, write)
 
+    def _sitta(self, model: _Model) -> dict[str, scoring.Scores]:
+        """Captions of real images by a linear map and a language model, scored against what people wrote."""
+        from gmail_cli.components import sitta
+
+        chosen = self.profile.eval
+
+        def write(rows: list[int]) -> list[str]:
+            made = sitta.load_linear_map(self.inputs["train"].folder(model.folder))
+            self._check_encoder(model, str(made.about["encoder"]))
+            vectors, clip = _tensor(self._images(model).vectors[rows]), self._encoder()
+            return sitta.write_captions(
+                made, vectors, embed=clip.encode_texts, beams=chosen.beams, max_tokens=chosen.caption_tokens
+            )
+
+        return self._captioned(model, write)
+
     def _llava(self, model: _Model) -> dict[str, scoring.Scores]:
         """Captions of real images by a LLaVA-style model, scored against what people wrote."""
         from gmail_cli.components import llava
@@ -705,6 +721,7 @@ _MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = 
     "long-clip": _Work._clip,
     "clip": _Work._clip,
     "clipcap": _Work._captions,
+    "sitta": _Work._sitta,
     "llava": _Work._llava,
     "linear-probe": _Work._probe,
     "features": _Work._features,
