@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gmail_cli import plan
 from gmail_cli import profile as profile_module
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
-from gmail_cli.components import captions, scenes
+from gmail_cli.components import captions, ifcap, scenes, sitta
 from gmail_cli.components.encoders import build_clip, embed_images, load_clip, save_clip
 from gmail_cli.components.heads import classify, generate_captions, load_captioner, load_probe
 from gmail_cli.components.images import GeneratedImage
@@ -147,7 +147,7 @@ ARMS = ["none", "real", "generated-naive", "generated-aligned", "mixed"]
 READ_BY = {
     "real": [*get_args(TaskName)],
     "mixed": ["clip-text"],
-    "texts": ["clipcap"],
+    "texts": ["clipcap", "ifcap"],
 }
 RESUMED = {"tasks": ["clip-text"], "arms": ["real", "generated-aligned"], "steps": 40, "batch_size": 8}
 
@@ -369,6 +369,36 @@ def test_a_captioner_trained_on_texts_alone(world: World) -> None:
                 dict.fromkeys(c.text for c in sources.read(sources.source(profile, part="train")).captions_of_kind())
             )
             torch.testing.assert_close(memory, f_r.encode_texts(texts[:20]))
+
+
+def test_captioners_that_retrieve_or_map_linearly(world: World, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, "captioners")
+    arms = ["texts", "real", "generated-aligned"]
+    artifact = world.train(workspace, tasks=["ifcap", "sitta"], arms=arms, steps=20, token_orders=2, caption_memory=40)
+    rows = artifact.read_json("cells.json")
+    assert [row["name"] for row in rows if row["task"] == "sitta"] == [f"sitta.{arm}.seed0" for arm in arms[1:]]
+    data = captions.read("scenes:test", limit=3, scene_size=SIDE)
+    f_r = load_clip(world.folder / "clip")
+    features = torch.from_numpy(embed_images(f_r, data.image_bytes, 3))
+    for row in rows:
+        folder = artifact.folder(row["folder"])
+        assert row["trained_parameters"] > 0
+        if row["task"] == "sitta":
+            assert row["steps"] == 0
+            assert 0 < row["metrics"]["explained"] < 1
+            written = sitta.write_captions(
+                sitta.load_linear_map(folder), features, embed=f_r.encode_texts, max_tokens=6
+            )
+        else:
+            curve = artifact.read_jsonl(f"{row['folder']}/metrics.jsonl")
+            assert curve[-1]["loss"] < curve[0]["loss"]
+            captioner = ifcap.load_retrieval_captioner(folder)
+            assert len(captioner.captions) == 40
+            torch.testing.assert_close(captioner.vectors, f_r.encode_texts(captioner.captions), atol=1e-5, rtol=0)
+            written = ifcap.write_captions(captioner, features, max_tokens=12)
+        assert len(written) == 3
+    weights = {artifact.files[f"{row['folder']}/head.safetensors"]["sha256"] for row in rows}
+    assert len(weights) == len(rows)
 
 
 def test_probes_know_classes_on_real_images(world: World) -> None:

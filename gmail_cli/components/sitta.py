@@ -116,8 +116,7 @@ class LinearMap(nn.Module):
 
     def content_tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text's different words without function words, in the order they first come."""
-        words = [dict.fromkeys(re.findall(r"[^\W_]+", text.lower())) for text in texts]
-        joined = [" ".join(word for word in found if word not in FUNCTION_WORDS) for found in words]
+        joined = [" ".join(content_words(text)) for text in texts]
         rows = self.tokenizer(joined, add_special_tokens=False)["input_ids"]
         return [[number for number in row if number != self.tokenizer.unk_token_id] for row in rows]
 
@@ -135,6 +134,11 @@ class LinearMap(nn.Module):
             different.pop("", None)
             found.append([*different.values()][: self.about["tokens"]])
         return found
+
+
+def content_words(text: str) -> list[str]:
+    """A text's different words without function words, in the order they first come."""
+    return [word for word in dict.fromkeys(re.findall(r"[^\W_]+", text.lower())) if word not in FUNCTION_WORDS]
 
 
 def sitta_job(model: LinearMap, pairs: Pairs, arm: Arm, *, how: Fit, seed: int) -> Job:

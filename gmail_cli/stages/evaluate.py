@@ -415,6 +415,19 @@ class _Work:
 
         return self._captioned(model, write)
 
+    def _ifcap(self, model: _Model) -> dict[str, scoring.Scores]:
+        """Captions of real images by a captioner that retrieves, scored against what people wrote."""
+        from gmail_cli.components import ifcap
+
+        chosen = self.profile.eval
+
+        def write(rows: list[int]) -> list[str]:
+            made = ifcap.load_retrieval_captioner(self.inputs["train"].folder(model.folder))
+            vectors = _tensor(self._images(model).vectors[rows])
+            return ifcap.write_captions(made, vectors, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+        return self._captioned(model, write)
+
     def _sitta(self, model: _Model) -> dict[str, scoring.Scores]:
         """Captions of real images by a linear map and a language model, scored against what people wrote."""
         from gmail_cli.components import sitta
@@ -721,6 +734,7 @@ _MEASURES: Mapping[str, Callable[[_Work, _Model], dict[str, scoring.Scores]]] = 
     "long-clip": _Work._clip,
     "clip": _Work._clip,
     "clipcap": _Work._captions,
+    "ifcap": _Work._ifcap,
     "sitta": _Work._sitta,
     "llava": _Work._llava,
     "linear-probe": _Work._probe,

@@ -36,7 +36,7 @@ RECORD = "cell.json"
 METRICS = "metrics.jsonl"
 CHUNK = 2048
 """Images decoded between two points to resume from."""
-READ_FEATURES = frozenset({"clip-text", "long-clip", "clipcap", "sitta", "linear-probe"})
+READ_FEATURES = frozenset({"clip-text", "long-clip", "clipcap", "ifcap", "sitta", "linear-probe"})
 """Tasks that train on embeddings."""
 WHOLE_SHARE = 0.75
 """Share of the steps after which ``clip`` sees all patches, where it drops some before."""
@@ -208,7 +208,7 @@ def _key(
 
         models["autoencoder"] = folder_digest(autoencoder_folder(train.autoencoder))
         del chosen["autoencoder"]
-    if tasks & {"clipcap", "sitta", "llava"}:
+    if tasks & {"clipcap", "ifcap", "sitta", "llava"}:
         models["lm"] = _lm_digest(train.lm, train.lm_revision)
         del chosen["lm"], chosen["lm_revision"]
     if train.conversations and "conversations" in chosen:
@@ -610,6 +610,45 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
     )
 
 
+def _ifcap(inputs: Inputs, cell: Cell) -> Job:
+    import torch
+
+    from gmail_cli.components import ifcap
+    from gmail_cli.components.heads import load_lm
+    from gmail_cli.components.loop import seed_from
+
+    train, material = inputs.profile.train, inputs.material
+    lm, tokenizer = load_lm(train.lm, revision=train.lm_revision)
+    captions = list(dict.fromkeys(material.pairs.texts))[: train.caption_memory or None]
+    if len(captions) < 2:
+        raise UsageError(f"train.caption_memory leaves {len(captions)} caption to retrieve from", hint="Keep more.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from("ifcap", inputs.profile.seed, cell.seed))
+        captioner = ifcap.RetrievalCaptioner(
+            material.clip.dim,
+            captions=captions,
+            vectors=material.embedded("texts").views[0].values[: len(captions)].clone(),
+            retrieved=train.retrieved_captions,
+            filtered=train.filtered_captions,
+            lm_revision=train.lm_revision,
+            lm=lm,
+            tokenizer=tokenizer,
+            lm_name=train.lm,
+            prefix_length=train.prefix_length,
+            mapping=train.mapping,
+            tune_lm=train.tune_lm,
+        )
+    arm, texts = material.embedded(cell.arm), cell.arm == "texts"
+    return ifcap.ifcap_job(
+        captioner.to(inputs.device),
+        material.pairs,
+        replace(arm, noise=train.text_noise) if texts else arm,
+        caption_tokens=train.caption_tokens,
+        retrieval_noise=train.retrieval_noise if texts else 0.0,
+        word_drop=train.word_drop,
+    )
+
+
 def _sitta(inputs: Inputs, cell: Cell) -> Job:
     from gmail_cli.components import sitta
     from gmail_cli.components.heads import load_lm
@@ -787,10 +826,11 @@ _SETTINGS_OF_CELLS = ("tasks", "arms", "seeds", "dual_projection")
 """Keys of ``train`` that say which cells there are."""
 _SETTINGS_OF_ARMS: Mapping[ArmName, frozenset[str]] = {
     "mixed": frozenset({"mix_ratio"}),
-    "texts": frozenset({"text_noise", "text_memory"}),
+    "texts": frozenset({"text_noise", "text_memory", "retrieval_noise"}),
 }
 """Keys of ``train`` that matter to one arm alone."""
 _OF_LM = frozenset({"lm", "lm_revision"})
+_OF_CAPTIONER = _OF_LM | {"caption_tokens", "tune_lm", "prefix_length", "mapping", "text_noise"}
 
 TASKS: Mapping[TaskName, Task] = {
     "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}),
@@ -811,7 +851,13 @@ TASKS: Mapping[TaskName, Task] = {
         build=_clipcap,
         arms=_EMBEDDED | {"texts"},
         dual=True,
-        settings=_OF_LM | {"caption_tokens", "tune_lm", "prefix_length", "mapping", *_SETTINGS_OF_ARMS["texts"]},
+        settings=_OF_CAPTIONER | {"text_memory"},
+    ),
+    "ifcap": Task(
+        build=_ifcap,
+        arms=_EMBEDDED | {"texts"},
+        settings=_OF_CAPTIONER
+        | {"caption_memory", "retrieved_captions", "retrieval_noise", "filtered_captions", "word_drop"},
     ),
     "sitta": Task(
         build=_sitta,
