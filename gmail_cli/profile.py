@@ -333,9 +333,15 @@ class Train(Section):
     """`clip`: weight of a second loss in which each image tells its class from the others by their prompts; needs
     classes."""
     context_length: Count = 248
-    """`long-clip`: tokens the text tower reads; its positions are stretched to as many."""
+    """`long-clip`: tokens the text tower reads."""
+    positions: Literal["stretched", "rotary"] = "stretched"
+    """`long-clip`: stretch the tower's positions to `context_length` (Long-CLIP), or replace them by rotary ones
+    (TULIP), which plain open_clip does not load. Arm `none`, untrained, is always stretched."""
     keep_positions: Count = 20
-    """`long-clip`: first positions that stay as they are."""
+    """`long-clip`, stretched: first positions that stay as they are."""
+    distil_share: Fraction = 0.3
+    """`long-clip`, rotary: share of the steps in which the new tower learns to say what the old one says of the
+    captions, cut to what that reads; the schedule starts anew after them."""
     short_weight: NonNegative = 1.0
     """`long-clip`: weight of the loss of short texts against coarse image embeddings; 0 leaves it out."""
     short_texts: Literal["captions", "sentences", "both"] = "captions"

@@ -205,11 +205,25 @@ def test_long_text_towers_read_to_the_end(world: World) -> None:
     assert curve[-1]["short_loss"] < curve[0]["short_loss"]
 
 
+def test_rotary_text_towers(world: World) -> None:
+    artifact = world.train(arms=["none", "real"], positions="rotary", distil_share=0.5, steps=20, **LONG)
+    untrained, trained = (
+        load_clip(artifact.folder(row["folder"]) / "clip") for row in artifact.read_json("cells.json")
+    )
+    text = captions.read("scenes:train", limit=1, scene_size=SIDE).captions_of_kind("long")[0].text
+    assert trained.lengths(trained.tokenize([text]).ids).item() > load_clip(world.folder / "clip").context_length
+    assert trained.model.positional_embedding.abs().max() == 0 < untrained.model.positional_embedding.abs().max()
+    curve = artifact.read_jsonl("long-clip.real.seed0/metrics.jsonl")
+    assert set(curve[0]) == {"step", "loss", "lr", "grad_norm"}
+    assert curve[0]["loss"] < 1 < curve[1]["loss"]  # a cosine distance in the first ten steps, then contrasts
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("context_length", 100),
         ("keep_positions", 30),
+        ("positions", "rotary"),
         ("short_weight", 0.0),
         ("short_texts", "sentences"),
         ("coarse_components", 2),

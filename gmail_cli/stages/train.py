@@ -363,9 +363,11 @@ def _recipe(cell: Cell, profile: Profile) -> Recipe:
     from gmail_cli.components.loop import Recipe, seed_from
 
     train = profile.train
-    in_two = cell.task == "llava"
-    second = (train.instruct_lr or train.lr) if in_two else train.lr
-    first = round(train.pretrain_share * train.steps) if in_two else train.steps
+    first, second, in_two = train.steps, train.lr, False
+    if cell.task == "llava":
+        first, second, in_two = round(train.pretrain_share * train.steps), train.instruct_lr or train.lr, True
+    elif cell.task == "long-clip" and train.positions == "rotary":
+        first, in_two = round(train.distil_share * train.steps), True
     return Recipe(
         steps=train.steps,
         batch_size=train.batch_size,
@@ -520,7 +522,13 @@ def _long_clip(inputs: Inputs, cell: Cell) -> Job:
         shorts = longtext.short_texts(
             material.pairs, owners=material.pairs.records, captions=captions, choice=train.short_texts
         )
-    clip = longtext.lengthened(material.clip, length=train.context_length, keep=train.keep_positions)
+    rotary = train.positions == "rotary" and cell.arm != "none"
+    clip = longtext.lengthened(
+        material.clip,
+        length=train.context_length,
+        keep=train.keep_positions,
+        positions="rotary" if rotary else "stretched",
+    )
     return longtext.long_clip_job(
         clip,
         material.pairs,
@@ -528,6 +536,8 @@ def _long_clip(inputs: Inputs, cell: Cell) -> Job:
         shorts=shorts,
         short_weight=train.short_weight,
         components=train.coarse_components,
+        teacher=material.clip if rotary else None,
+        distilled=_recipe(cell, inputs.profile).restart,
     )
 
 
@@ -838,7 +848,8 @@ TASKS: Mapping[TaskName, Task] = {
         build=_long_clip,
         arms=_EMBEDDED | {"none"},
         settings=frozenset(
-            {"context_length", "keep_positions", "short_weight", "short_texts", "coarse_components"},
+            {"context_length", "keep_positions", "short_weight", "short_texts", "coarse_components"}
+            | {"positions", "distil_share"},
         ),
     ),
     "clip": Task(
