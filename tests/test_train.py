@@ -31,7 +31,7 @@ from gmail_cli.components.tasks import few_shots
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, build
-from gmail_cli.stages import sources, train
+from gmail_cli.stages import embed, evaluate, sources, train
 
 SELF = Path(__file__)
 SIDE, IMAGES = 32, 30
@@ -413,6 +413,18 @@ def test_captioners_that_retrieve_or_map_linearly(world: World, tmp_path: Path) 
         assert len(written) == 3
     weights = {artifact.files[f"{row['folder']}/head.safetensors"]["sha256"] for row in rows}
     assert len(weights) == len(rows)
+    profile = world.profile()
+    seen = {
+        "data": profile.data.model_copy(update={"test": "scenes:test", "test_limit": 4}),
+        "embed": profile.embed.model_copy(update={"gap_count": 0}),
+        "eval": profile.eval.model_copy(
+            update={"meteor": "off", "clip_score": False, "resamples": 100, "caption_tokens": 6}
+        ),
+    }
+    profile = profile.model_copy(update=seen)
+    embeddings = embed.run(profile, workspace, train=artifact)
+    results = evaluate.run(profile, workspace, embeddings=embeddings, train=artifact).read_json("results.json")
+    assert {cell["name"] for cell in results["cells"] if "cider" in cell["metrics"]} == {row["name"] for row in rows}
 
 
 def test_probes_know_classes_on_real_images(world: World) -> None:
