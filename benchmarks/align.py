@@ -12,6 +12,8 @@ their pixels are decoded and normalised before the clock starts.
 - ``clipcap``: images a second of `gmail train`, start-up and the one embedding of each image included, against the same
   loop encoding the images again every time they are shown.
 - ``sweep``: three lines over align.lora_rank, with features kept and with them deleted between the lines.
+- ``cells``: `gmail train` in the second of two lines over align.lora_rank, all arms, with the first line's cells there
+  and without.
 """
 
 from __future__ import annotations
@@ -231,6 +233,39 @@ def sweep(options: argparse.Namespace, clip_ref: str, root: Path, generated: Art
     }
 
 
+def cells(options: argparse.Namespace, clip_ref: str, root: Path, generated: Artifact) -> dict[str, Any]:
+    """What is measured is everything `gmail train` does in one process; features are there in both cases."""
+
+    def of(rank: int) -> Profile:
+        made = profile(clip_ref, options, lora_rank=rank)
+        section = made.train.model_copy(
+            update={
+                "tasks": ("clip-text", "clipcap"),
+                "arms": ("none", "real", "generated-naive", "generated-aligned"),
+                "batch_size": 48,
+                "lr": 3e-4,
+            }
+        )
+        return made.model_copy(update={"train": section})
+
+    spaces = {name: Workspace(root / "cells", name) for name in ("first", "kept", "anew")}
+    aligned = {rank: align.run(of(rank), spaces["first"], generated=generated) for rank in (2, 4)}
+    for rank in (2, 4):  # features, and imports
+        train.run(of(rank), spaces["first"], generated=generated, aligned=aligned[rank])
+    train.run(of(2), spaces["kept"], generated=generated, aligned=aligned[2])
+    seconds, made = {}, {}
+    for name in ("kept", "anew"):
+        start = time.process_time()
+        made[name] = train.run(of(4), spaces[name], generated=generated, aligned=aligned[4])
+        seconds[name] = time.process_time() - start
+    assert made["kept"].files == made["anew"].files
+    return {
+        "second_line": round(seconds["kept"], 2),
+        "second_line_anew": round(seconds["anew"], 2),
+        "ratio": round(seconds["anew"] / seconds["kept"], 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="tiny or another model.clip; default: a random ViT-S/32")
@@ -239,7 +274,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--caption-steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=["step", "clipcap", "sweep"])
+    parser.add_argument("--only", choices=["step", "clipcap", "sweep", "cells"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {"clock": "CPU seconds", "model": options.model or "ViT-S/32, random weights"}
@@ -257,6 +292,8 @@ def main() -> None:
             found["clipcap"] = clipcap(options, clip_ref, root)
         if options.only in (None, "sweep"):
             found["sweep"] = sweep(options, clip_ref, root, generated)
+        if options.only in (None, "cells"):
+            found["cells"] = cells(options, clip_ref, root, generated)
     print(json.dumps(found, indent=1))
 
 

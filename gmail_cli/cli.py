@@ -628,6 +628,7 @@ class _Context:
                     "path": str(step.path) if step.path else None,
                     "changed": list(step.changed),
                     "features": [{"digest": each.key.digest, "there": there} for each, there in step.features],
+                    "cells": [{"name": name, "reused": str(path) if path else None} for name, path in step.cells],
                 }
                 for step in steps
             ]
@@ -640,6 +641,8 @@ class _Context:
                 typer.echo(f"          changed {change}")
             for each, there in step.features:
                 typer.echo(f"          {'reuses' if there else 'computes'} {each}")
+            for name, path in step.cells:
+                typer.echo(f"          reuses {name} of train/{path.name}" if path else f"          trains {name}")
 
 
 def _inputs(

@@ -56,6 +56,7 @@ class Step:
         changed: Keys in which it differs from the stage's latest artifact: ``settings.steps: 100 -> 200``.
         path: Its folder, when complete.
         features: What it reads of frozen towers, and whether that is there; known once its inputs are.
+        cells: What `train` would train, by name, and the artifact's folder where a cell is taken from an earlier one.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class Step:
     changed: tuple[str, ...]
     path: Path | None
     features: tuple[tuple[Features, bool], ...] = ()
+    cells: tuple[tuple[str, Path | None], ...] = ()
 
 
 def module(stage: str) -> Any:
@@ -141,6 +143,9 @@ def steps(
             read = module(stage).features(profile, **{name: there[name] for name in wanted})
             found = tuple((each, features.find(each, workspace) is not None) for each in read)
             step = dataclasses.replace(step, features=found)
+        if stage == "train" and step.state != "complete":
+            cells = module(stage).reusable(profile, workspace, **wanted)
+            step = dataclasses.replace(step, cells=tuple((name, each and each.path) for name, each in cells.items()))
         plan.append(step)
         for name, maker in MAKER.items():
             if maker == stage:

@@ -51,6 +51,8 @@ TaskName = Literal[
     "long-clip",
     "clip",
     "clipcap",
+    "ifcap",
+    "sitta",
     "llava",
     "linear-probe",
     "autoencoder",
@@ -348,8 +350,9 @@ class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
 
     tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
-    """What to train: a text tower, one for long captions, a whole CLIP, a captioner, a LLaVA-style model, a class
-    probe; or the parts of a small generator."""
+    """What to train: a text tower, one for long captions, a whole CLIP, a captioner, one that reads retrieved captions,
+    a linear map to a language model (fitted without steps), a LLaVA-style model, a class probe; or the parts of a
+    small generator."""
     arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
         "none",
         "real",
@@ -357,7 +360,7 @@ class Train(Section):
         "generated-aligned",
     )
     """Images to train on: none; real through f_r; generated through f_r (naive) or f_g (aligned); real and aligned; or,
-    for `clipcap`, the captions' own text embeddings in place of images (`texts`)."""
+    for `clipcap` and `ifcap`, the captions' own text embeddings in place of images (`texts`)."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple), Field(min_length=1)] = (0,)
     """Seeds of initial weights and data order; one cell for each. Arm `none` has one cell, for the first seed."""
     kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
@@ -400,9 +403,15 @@ class Train(Section):
     """`clip`: weight of a second loss in which each image tells its class from the others by their prompts; needs
     classes."""
     context_length: Count = 248
-    """`long-clip`: tokens the text tower reads; its positions are stretched to as many."""
+    """`long-clip`: tokens the text tower reads."""
+    positions: Literal["stretched", "rotary"] = "stretched"
+    """`long-clip`: stretch the tower's positions to `context_length` (Long-CLIP), or replace them by rotary ones
+    (TULIP), which plain open_clip does not load. Arm `none`, untrained, is always stretched."""
     keep_positions: Count = 20
-    """`long-clip`: first positions that stay as they are."""
+    """`long-clip`, stretched: first positions that stay as they are."""
+    distil_share: Fraction = 0.3
+    """`long-clip`, rotary: share of the steps in which the new tower learns to say what the old one says of the
+    captions, cut to what that reads; the schedule starts anew after them."""
     short_weight: NonNegative = 1.0
     """`long-clip`: weight of the loss of short texts against coarse image embeddings; 0 leaves it out."""
     short_texts: Literal["captions", "sentences", "both"] = "captions"
@@ -415,25 +424,44 @@ class Train(Section):
     autoencoder: str = "tiny"
     """`latent-diffusion`: autoencoder to draw with: `tiny` (shipped) or a folder in diffusers format."""
     lm: str = "tiny"
-    """`clipcap`, `llava`: causal language model: `tiny` (shipped), a folder in transformers format, or a hub id."""
+    """`clipcap`, `ifcap`, `sitta`, `llava`: causal language model: `tiny` (shipped), a folder in transformers format,
+    or a hub id."""
     lm_revision: str = ""
     """Commit of a hub language model; required for one."""
     tune_lm: bool = False
-    """`clipcap`: train the language model too."""
+    """`clipcap`, `ifcap`: train the language model too."""
     shots: Limit = 0
     """`linear-probe`: train on so many images of each class, drawn by the cell's seed (few-shot); 0 takes all."""
     prefix_length: Count = 8
-    """`clipcap`: prefix embeddings per image."""
+    """`clipcap`, `ifcap`: prefix embeddings per image."""
     mapping: Literal["mlp", "transformer"] = "mlp"
-    """`clipcap`: network from embedding to prefix."""
+    """`clipcap`, `ifcap`: network from embedding to prefix."""
     caption_tokens: Annotated[int, Field(ge=2)] = 64
-    """`clipcap`, `llava`: longer captions are cut."""
+    """`clipcap`, `ifcap`, `llava`: longer captions are cut."""
     text_noise: NonNegative = 0.05
-    """`clipcap` on arm `texts`: standard deviation of the Gaussian noise on every component of a unit text embedding
-    (CapDec)."""
+    """`clipcap`, `ifcap` on arm `texts`: standard deviation of the Gaussian noise on every component of a unit text
+    embedding (CapDec)."""
     text_memory: Limit = 0
     """`clipcap` on arm `texts`: keep the embeddings of the first N different captions; an image is then seen as the
     average of them, weighted by its similarity to each (DeCap). 0 sees the image as it is."""
+    caption_memory: Limit = 0
+    """`ifcap`: keep the first N different captions to retrieve from; 0 keeps all."""
+    retrieved_captions: Count = 5
+    """`ifcap`: captions whose embeddings are fused with that of an image or text."""
+    retrieval_noise: NonNegative = 0.2
+    """`ifcap` on arm `texts`: standard deviation of the Gaussian noise with which a text looks for captions, as on
+    every component of a unit embedding."""
+    filtered_captions: Count = 9
+    """`ifcap`: captions among which an image's words are counted."""
+    word_drop: Fraction = 0.4
+    """`ifcap`: probability that a word of the caption is left out of the sentence in front of it, in training."""
+    linear_map: Literal["least-squares", "procrustes"] = "least-squares"
+    """`sitta`: how the map from image to token embeddings is fitted; `procrustes` gives an orthogonal one."""
+    retrieved_tokens: Count = 8
+    """`sitta`: tokens nearest to an image that prompt the language model."""
+    token_orders: Count = 40
+    """`sitta`: orders of these tokens that are tried for each image; of the captions the one closest to the image by
+    CLIP is taken."""
     visual: Literal["patches", "pooled"] = "patches"
     """`llava`: what it sees of an image: patch tokens (a vision transformer's last layer but one, the last feature map
     of other towers), or the embedding as the one token."""

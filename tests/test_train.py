@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gmail_cli import plan
+from gmail_cli import profile as profile_module
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
-from gmail_cli.components import captions, scenes
+from gmail_cli.components import captions, ifcap, scenes, sitta
 from gmail_cli.components.encoders import build_clip, embed_images, load_clip, save_clip
 from gmail_cli.components.heads import classify, generate_captions, load_captioner, load_probe
 from gmail_cli.components.images import GeneratedImage
@@ -29,7 +31,7 @@ from gmail_cli.components.tasks import few_shots
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, build
-from gmail_cli.stages import sources, train
+from gmail_cli.stages import embed, evaluate, sources, train
 
 SELF = Path(__file__)
 SIDE, IMAGES = 32, 30
@@ -106,14 +108,14 @@ class World:
             "height": SIDE,
         }
 
-    def _make_aligned(self) -> None:
+    def _make_aligned(self, workspace: Workspace | None = None, *, by: float = 1.1) -> Artifact:
         clip = load_clip(self.folder / "clip")
         with torch.no_grad():
             for parameter in clip.model.visual.parameters():
-                parameter.mul_(1.1)
-        with self.workspace.open(StageKey(stage="align", settings={})) as slot:
+                parameter.mul_(by)
+        with (workspace or self.workspace).open(StageKey(stage="align", settings={"by": by})) as slot:
             slot.write_folder("clip", lambda folder: save_clip(clip, folder))
-            slot.commit(summary={})
+            return slot.commit(summary={})
 
     def profile(self, **settings: Any) -> Profile:
         values = {"steps": 40, "batch_size": 16, "lr": 3e-3, "lm": str(self.folder / "lm"), **settings}
@@ -142,6 +144,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 ARMS = ["none", "real", "generated-naive", "generated-aligned", "mixed"]
+READ_BY = {
+    "real": [*get_args(TaskName)],
+    "mixed": ["clip-text"],
+    "texts": ["clipcap", "ifcap"],
+}
 RESUMED = {"tasks": ["clip-text"], "arms": ["real", "generated-aligned"], "steps": 40, "batch_size": 8}
 
 
@@ -198,11 +205,25 @@ def test_long_text_towers_read_to_the_end(world: World) -> None:
     assert curve[-1]["short_loss"] < curve[0]["short_loss"]
 
 
+def test_rotary_text_towers(world: World) -> None:
+    artifact = world.train(arms=["none", "real"], positions="rotary", distil_share=0.5, steps=20, **LONG)
+    untrained, trained = (
+        load_clip(artifact.folder(row["folder"]) / "clip") for row in artifact.read_json("cells.json")
+    )
+    text = captions.read("scenes:train", limit=1, scene_size=SIDE).captions_of_kind("long")[0].text
+    assert trained.lengths(trained.tokenize([text]).ids).item() > load_clip(world.folder / "clip").context_length
+    assert trained.model.positional_embedding.abs().max() == 0 < untrained.model.positional_embedding.abs().max()
+    curve = artifact.read_jsonl("long-clip.real.seed0/metrics.jsonl")
+    assert set(curve[0]) == {"step", "loss", "lr", "grad_norm"}
+    assert curve[0]["loss"] < 1 < curve[1]["loss"]  # a cosine distance in the first ten steps, then contrasts
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("context_length", 100),
         ("keep_positions", 30),
+        ("positions", "rotary"),
         ("short_weight", 0.0),
         ("short_texts", "sentences"),
         ("coarse_components", 2),
@@ -253,6 +274,83 @@ def test_a_finished_cell_is_kept(world: World, tmp_path: Path) -> None:
     assert train.run(profile, workspace, **world.inputs()).path == artifact.path
 
 
+def test_a_cell_that_an_earlier_artifact_holds_is_not_trained_again(world: World, tmp_path: Path) -> None:
+    said: list[str] = []
+    swept, fresh = Workspace(tmp_path, "swept", tell=said.append), Workspace(tmp_path / "apart", "fresh")
+    options = {"tasks": ["clip-text", "clipcap"], "arms": ["none", "real", "generated-aligned"], "steps": 4}
+    first = train.run(world.profile(**options), swept, **world.inputs())
+    inputs = world.inputs() | {"aligned": world._make_aligned(swept, by=0.9)}
+    profile = world.profile(**options, seeds=[0, 1])
+    (step,) = plan.steps(profile, swept, stages=["train"], given=inputs)
+    kept = ["clip-text.none.seed0", "clip-text.real.seed0", "clipcap.real.seed0"]
+    assert [name for name, path in step.cells if path == first.path] == kept
+    assert {path for name, path in step.cells if name not in kept} == {None}
+    said.clear()
+    second = train.run(profile, swept, **inputs)
+    assert [line for line in said if "seed" in line] == [f"reusing {name} of train/{first.path.name}" for name in kept]
+    alone = train.run(profile, fresh, **inputs)
+    assert second.files == alone.files
+    assert second.content == alone.content
+    assert second.verify() == []
+    weights = "clipcap.{}.seed0/head.safetensors"
+    assert second.files[weights.format("real")] == first.files[weights.format("real")]
+    assert second.files[weights.format("generated-aligned")] != first.files[weights.format("generated-aligned")]
+
+
+def test_a_damaged_cell_is_trained_again(world: World, tmp_path: Path) -> None:
+    said: list[str] = []
+    workspace = Workspace(tmp_path, "damaged", tell=said.append)
+    options = {"tasks": ["linear-probe"], "arms": ["real"], "steps": 3}
+    first = train.run(world.profile(**options), workspace, **world.inputs())
+    name = "linear-probe.real.seed0"
+    content = first.file(f"{name}/head.safetensors").read_bytes()
+    first.file(f"{name}/head.safetensors").write_bytes(content[:-1] + b"?")
+    second = train.run(world.profile(**options, seeds=[0, 1]), workspace, **world.inputs())
+    assert second.file(f"{name}/head.safetensors").read_bytes() == content
+    assert f"training anew, as its files are damaged: {name} of train/{first.path.name}" in said
+
+
+@pytest.mark.parametrize(("arm", "tasks"), READ_BY.items())
+def test_the_digest_of_a_cell_covers_every_setting_that_it_reads(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, tasks: list[str]
+) -> None:
+    profile = world.profile(tasks=tasks, arms=[arm], kinds=["long"], steps=1, batch_size=4, context_length=100)
+    read: set[str] = set()
+
+    class Watched(type(profile.train)):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            if name in profile_module.Train.model_fields:
+                read.add(name)
+            return super().__getattribute__(name)
+
+    def watched(cell: train.Cell, *args: Any, **options: Any) -> Any:
+        read.clear()
+        row = trained(cell, *args, **options)
+        unseen[cell.name] = read - set(train._settings_of(cell, profile))
+        return row
+
+    unseen: dict[str, set[str]] = {}
+    trained = train._train
+    monkeypatch.setattr(train, "_train", watched)
+    section = Watched.model_construct(**dict(profile.train))
+    train.run(profile.model_copy(update={"train": section}), Workspace(tmp_path, "watched"), **world.inputs())
+    assert unseen == {cell.name: set() for cell in train.cells(profile)}
+
+
+def test_a_setting_of_another_task_or_arm_does_not_move_the_digest_of_a_cell(world: World) -> None:
+    given = {"generated": "0" * 64, "aligned": "1" * 64}
+    options = {"tasks": ["clip-text", "linear-probe"], "arms": ["real", "mixed"]}
+    keys = train.cell_keys(world.profile(**options), **given)
+    for changed, moved in (
+        ({"shots": 2}, {"linear-probe.real.seed0", "linear-probe.mixed.seed0"}),
+        ({"mix_ratio": 0.25}, {"clip-text.mixed.seed0", "linear-probe.mixed.seed0"}),
+        ({"prefix_length": 4}, set()),
+        ({"lr": 0.1}, set(keys)),
+    ):
+        others = train.cell_keys(world.profile(**options, **changed), **given)
+        assert {name for name in keys if keys[name] != others[name]} == moved
+
+
 def test_captioners_with_and_without_dual_projection(world: World) -> None:
     artifact = world.train(tasks=["clipcap"], arms=["generated-aligned"], dual_projection="both", tune_lm=True)
     rows = artifact.read_json("cells.json")
@@ -285,6 +383,48 @@ def test_a_captioner_trained_on_texts_alone(world: World) -> None:
                 dict.fromkeys(c.text for c in sources.read(sources.source(profile, part="train")).captions_of_kind())
             )
             torch.testing.assert_close(memory, f_r.encode_texts(texts[:20]))
+
+
+def test_captioners_that_retrieve_or_map_linearly(world: World, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, "captioners")
+    arms = ["texts", "real", "generated-aligned"]
+    artifact = world.train(workspace, tasks=["ifcap", "sitta"], arms=arms, steps=20, token_orders=2, caption_memory=40)
+    rows = artifact.read_json("cells.json")
+    assert [row["name"] for row in rows if row["task"] == "sitta"] == [f"sitta.{arm}.seed0" for arm in arms[1:]]
+    data = captions.read("scenes:test", limit=3, scene_size=SIDE)
+    f_r = load_clip(world.folder / "clip")
+    features = torch.from_numpy(embed_images(f_r, data.image_bytes, 3))
+    for row in rows:
+        folder = artifact.folder(row["folder"])
+        assert row["trained_parameters"] > 0
+        if row["task"] == "sitta":
+            assert row["steps"] == 0
+            assert 0 < row["metrics"]["explained"] < 1
+            written = sitta.write_captions(
+                sitta.load_linear_map(folder), features, embed=f_r.encode_texts, max_tokens=6
+            )
+        else:
+            curve = artifact.read_jsonl(f"{row['folder']}/metrics.jsonl")
+            assert curve[-1]["loss"] < curve[0]["loss"]
+            captioner = ifcap.load_retrieval_captioner(folder)
+            assert len(captioner.captions) == 40
+            torch.testing.assert_close(captioner.vectors, f_r.encode_texts(captioner.captions), atol=1e-5, rtol=0)
+            written = ifcap.write_captions(captioner, features, max_tokens=12)
+        assert len(written) == 3
+    weights = {artifact.files[f"{row['folder']}/head.safetensors"]["sha256"] for row in rows}
+    assert len(weights) == len(rows)
+    profile = world.profile()
+    seen = {
+        "data": profile.data.model_copy(update={"test": "scenes:test", "test_limit": 4}),
+        "embed": profile.embed.model_copy(update={"gap_count": 0}),
+        "eval": profile.eval.model_copy(
+            update={"meteor": "off", "clip_score": False, "resamples": 100, "caption_tokens": 6}
+        ),
+    }
+    profile = profile.model_copy(update=seen)
+    embeddings = embed.run(profile, workspace, train=artifact)
+    results = evaluate.run(profile, workspace, embeddings=embeddings, train=artifact).read_json("results.json")
+    assert {cell["name"] for cell in results["cells"] if "cider" in cell["metrics"]} == {row["name"] for row in rows}
 
 
 def test_probes_know_classes_on_real_images(world: World) -> None:

@@ -366,6 +366,23 @@ class Slot:
         marker.touch()
         return target
 
+    def link_folder(self, name: str, source: Artifact) -> bool:
+        """Take over a payload folder of another artifact, without copies where the file system can.
+
+        Returns:
+            False, and nothing is entered, where one of its files is gone or has other bytes than its manifest says.
+        """
+        entries = {file: entry for file, entry in source.files.items() if file.startswith(f"{name}/")}
+        for file, entry in entries.items():
+            path = source.path / file
+            if not path.is_file() or file_sha256(path) != entry["sha256"]:
+                return False
+        for file, entry in entries.items():
+            self.link_loose(file, source.path / file)
+            self._files[file] = dict(entry)
+            self._journal({"name": file, **entry})
+        return bool(entries)
+
     def remove(self, name: str) -> None:
         """Drop a payload file."""
         self._files.pop(name, None)

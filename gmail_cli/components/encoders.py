@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Float16, Int, UInt8
 from torch import Tensor, nn
 
-from gmail_cli.components import hub, transformers_models
+from gmail_cli.components import hub, rotary, transformers_models
 from gmail_cli.components.images import Preprocess, batches
 from gmail_cli.components.pixels import normalised
 from gmail_cli.errors import InputError, SetupError, UsageError
@@ -366,7 +366,8 @@ def build_clip(
     """A model with random weights from an ``open_clip_config.json`` mapping.
 
     Args:
-        config: ``model_cfg`` (open_clip's architecture description) and ``preprocess_cfg``.
+        config: ``model_cfg`` (open_clip's architecture description) and ``preprocess_cfg``; a text tower may have
+            rotary positions (``rotary.py``).
         seed: Of the random weights.
         name: What to call it.
         tokenizer: An open_clip tokenizer; CLIP's own 49,408-entry one when None.
@@ -380,6 +381,7 @@ def build_clip(
 
     model_cfg = copy.deepcopy(dict(config["model_cfg"]))
     custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+    base = model_cfg["text_cfg"].pop(rotary.KEY, None)
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -387,6 +389,8 @@ def build_clip(
             model = kind(**model_cfg)
         except (TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"open_clip cannot build {name}: {error}", hint="Check model_cfg.") from error
+    if base is not None:
+        rotary.make_rotary(model, base=base, name=name)
     if tokenizer is None:
         text = config["model_cfg"]["text_cfg"]
         options = text.get("tokenizer_kwargs") or {}
@@ -399,6 +403,9 @@ def build_clip(
 
 def save_clip(clip: Clip, folder: Path) -> None:
     """Write ``clip`` as a folder that plain open_clip loads (``local-dir:``) with equal outputs.
+
+    A text tower with rotary positions is written to the same files, and :func:`load_clip` alone loads it: open_clip
+    stops at the unknown key of its config.
 
     Args:
         clip: What to save.
@@ -490,8 +497,12 @@ def _load_folder(folder: Path, *, name: str, device: str | torch.device, precisi
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        model = open_clip.create_model(f"local-dir:{folder}")
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        if rotary.KEY in config["model_cfg"]["text_cfg"]:
+            model = build_clip(config, name=name, tokenizer=tokenizer).model
+            open_clip.load_checkpoint(model, str(_model_files(folder)[1]))
+        else:
+            model = open_clip.create_model(f"local-dir:{folder}")
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded by open_clip: {error}", hint="Check model.clip.") from error
     digest = model_digest(folder)

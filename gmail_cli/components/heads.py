@@ -221,15 +221,23 @@ class Captioner(Head):
         tokens: Int[Tensor, "batch length"],
     ) -> Tensor:
         """Mean cross-entropy over the caption tokens, the end-of-text token among them."""
-        supervised = tokens != IGNORED
-        assert bool(supervised.any()), "no supervised token in the batch"
+        return self.loss_behind(self.prefix(features, real), tokens, tokens)
+
+    def loss_behind(
+        self,
+        prefix: Float[Tensor, "batch prefix width"],
+        tokens: Int[Tensor, "batch length"],
+        wanted: Int[Tensor, "batch length"],
+    ) -> Tensor:
+        """Mean cross-entropy over the ``wanted`` ones of the tokens that follow a prefix; the others are `IGNORED`."""
+        assert bool((wanted != IGNORED).any()), "no supervised token in the batch"
+        there = tokens != IGNORED
         embedded = self.lm.get_input_embeddings()(tokens.clamp(min=0))
-        prefix = self.prefix(features, real)
-        seen = torch.cat([supervised.new_ones(len(tokens), self.prefix_length), supervised], dim=1)
+        seen = torch.cat([there.new_ones(len(tokens), self.prefix_length), there], dim=1)
         inputs = torch.cat([prefix, embedded.to(prefix.dtype)], dim=1)
         logits = self.lm(inputs_embeds=inputs, attention_mask=seen.long(), use_cache=False).logits
         predicted = logits[:, self.prefix_length - 1 : -1]
-        return functional.cross_entropy(predicted.flatten(0, 1).float(), tokens.flatten(), ignore_index=IGNORED)
+        return functional.cross_entropy(predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
 
     def config(self) -> dict[str, Any]:
         """What `load_captioner` needs beside the weights."""

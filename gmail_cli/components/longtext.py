@@ -1,8 +1,9 @@
-"""Text towers that read long captions: CLIP's positions stretched, long and short captions learned together.
+"""Text towers that read long captions: CLIP's positions stretched or rotary, long and short captions learned together.
 
 Long-CLIP (Zhang et al. 2024): the first positions are well trained and stay, the others are interpolated; long captions
 meet whole image features, short ones only the principal components of the batch's. Sentences of a long caption as
-further short captions are DreamLIP's (Zheng et al. 2024).
+further short captions are DreamLIP's (Zheng et al. 2024). Rotary positions, in a tower that is first distilled from the
+one that it replaces, are TULIP's (Najdenkoska et al. 2025).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from gmail_cli.components import rotary
 from gmail_cli.components.arms import Arm
 from gmail_cli.components.encoders import Clip, build_clip, tensors_digest, text_features, text_features_by_length
 from gmail_cli.components.loop import Job
@@ -27,6 +29,7 @@ from gmail_cli.components.tasks import LARGEST_SCALE, contrastive_loss, export_c
 from gmail_cli.errors import InputError, UsageError
 
 ShortTexts: TypeAlias = Literal["captions", "sentences", "both"]
+Positions: TypeAlias = Literal["stretched", "rotary"]
 
 
 def stretch(positions: Float[Tensor, "positions width"], *, length: int, keep: int) -> Float[Tensor, "length width"]:
@@ -47,13 +50,17 @@ def stretch(positions: Float[Tensor, "positions width"], *, length: int, keep: i
     return torch.cat([positions[:keep], torch.lerp(rest[left], rest[left + 1], share)])
 
 
-def lengthened(clip: Clip, *, length: int, keep: int = 20) -> Clip:
-    """``clip`` with a text tower that reads ``length`` tokens; equal to it on texts of at most ``keep`` tokens.
+def lengthened(clip: Clip, *, length: int, keep: int = 20, positions: Positions = "stretched") -> Clip:
+    """``clip`` with a text tower that reads ``length`` tokens.
+
+    Stretched, it is equal to ``clip`` on texts of at most ``keep`` tokens. With rotary positions it has everything else
+    of ``clip`` and says nothing sensible before it is trained.
 
     Raises:
         UsageError: The tower reads as much already, has too few positions to keep, or no learned ones.
     """
     had = clip.context_length
+    keep = 1 if positions == "rotary" else keep
     if length <= had or not 0 < keep <= had - 2:
         raise UsageError(
             f"train.context_length = {length} and train.keep_positions = {keep}: {clip.name} reads {had} tokens",
@@ -63,9 +70,13 @@ def lengthened(clip: Clip, *, length: int, keep: int = 20) -> Clip:
     name = next((name for name in ("positional_embedding", "text.positional_embedding") if name in state), None)
     if name is None:
         raise UsageError(f"the text tower of {clip.name} has no learned positions to stretch", hint="Take a CLIP.")
-    state[name] = stretch(state[name], length=length, keep=keep)
     config = copy.deepcopy(dict(clip.config))
     config["model_cfg"]["text_cfg"]["context_length"] = length
+    if positions == "rotary":
+        config["model_cfg"]["text_cfg"][rotary.KEY] = rotary.BASE
+        state[name] = torch.zeros(length, state[name].shape[1])
+    else:
+        state[name] = stretch(state[name], length=length, keep=keep)
     tokenizer = copy.copy(clip.tokenizer)
     tokenizer.context_length = length
     longer = build_clip(
@@ -145,6 +156,8 @@ def long_clip_job(
     shorts: Sequence[Sequence[str]] | None,
     short_weight: float = 1.0,
     components: int = 32,
+    teacher: Clip | None = None,
+    distilled: int = 0,
 ) -> Job:
     """Train a lengthened text tower on long captions, and on short ones against coarse image embeddings.
 
@@ -157,10 +170,16 @@ def long_clip_job(
         shorts: Short texts of each long caption; None leaves the second loss out.
         short_weight: Weight of the second loss.
         components: Of :func:`coarse`; 0 shows short texts the whole embeddings.
+        teacher: The tower before it was lengthened: in the first steps the new one learns to say what it says (cosine)
+            of the captions, cut to what it reads. The loss curve then holds nothing but the loss.
+        distilled: How many steps.
     """
     model = copy.deepcopy(clip.model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith("visual.") and name != "logit_bias")
+        fixed = name.startswith("visual.") or name == "logit_bias"
+        fixed |= teacher is not None and name.endswith("positional_embedding")
+        parameter.requires_grad_(not fixed)
+    heard = None if teacher is None else teacher.tokenize(pairs.texts).ids.to(torch.int32)
     longs = clip.tokenize(pairs.texts).ids.to(torch.int32)
     brief = None if shorts is None else _Shorts(clip, shorts)
     read = text_features_by_length if clip.device.type == "cpu" else text_features
@@ -169,7 +188,16 @@ def long_clip_job(
         with quick_attention(clip.device):
             return functional.normalize(read(model, ids.long().to(clip.device)).float(), dim=-1)
 
-    def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(rows: Tensor, step: int) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if teacher is None or heard is None:
+            return contrast(rows)
+        if step >= distilled:
+            return contrast(rows)[0]
+        with torch.no_grad():
+            wanted = functional.normalize(read(teacher.model, heard[rows].long().to(clip.device)).float(), dim=-1)
+        return 1 - (embed(heard[rows]) * wanted).sum(dim=-1).mean()
+
+    def contrast(rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert arm is not None
         drawn, _ = arm.draw(rows)
         images = drawn.to(clip.device)

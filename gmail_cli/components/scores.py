@@ -142,7 +142,8 @@ class Cell:
     """The scores of one model: what it was trained for, on what, and how it did.
 
     Attributes:
-        task: ``clip-text``, ``clip``, ``clipcap``, ``llava``, ``linear-probe``, ``features`` or ``gap``.
+        task: ``clip-text``, ``clip``, ``clipcap``, ``ifcap``, ``sitta``, ``llava``, ``linear-probe``,
+            ``features`` or ``gap``.
         arm: What it was trained on.
         seed: Of its training; None where nothing was trained.
         dual_projection: Whether each flow had its own projection.

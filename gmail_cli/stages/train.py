@@ -1,7 +1,9 @@
 """``gmail train``: downstream models on real or generated images, every cell for the same steps and captions.
 
 A cell is one (task, arm, seed). Images are embedded (or decoded) once per arm and kept beside the cells while the
-stage works; a finished cell is kept when the stage is started again, an unfinished one resumes from its checkpoint.
+stage works; a finished cell is kept when the stage is started again, an unfinished one resumes from its checkpoint. A
+cell that an earlier artifact of the run holds already, of the same settings and inputs of its own (`cell_keys`), is
+taken from there: in a sweep over ``align`` only what f_g reaches is trained again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ RECORD = "cell.json"
 METRICS = "metrics.jsonl"
 CHUNK = 2048
 """Images decoded between two points to resume from."""
-READ_FEATURES = frozenset({"clip-text", "long-clip", "clipcap", "linear-probe"})
+READ_FEATURES = frozenset({"clip-text", "long-clip", "clipcap", "ifcap", "sitta", "linear-probe"})
 """Tasks that train on embeddings."""
 WHOLE_SHARE = 0.75
 """Share of the steps after which ``clip`` sees all patches, where it drops some before."""
@@ -68,6 +70,9 @@ class Task:
         dual: Whether it has a head that dual projection applies to.
         image_encoder: What embeds images for the result: ``f_r``, or the model it trained itself.
         needs_clip: Whether it starts from ``model.clip``.
+        fitted: Whether it is fitted in closed form when it is built, without steps.
+        settings: Keys of ``train`` that matter to it and to those tasks alone that list them too; a key that no task
+            lists matters to every cell.
     """
 
     build: Callable[[Inputs, Cell], Job]
@@ -75,6 +80,8 @@ class Task:
     dual: bool = False
     image_encoder: Literal["f_r", "own"] = "f_r"
     needs_clip: bool = True
+    fitted: bool = False
+    settings: frozenset[str] = frozenset()
 
 
 def cells(profile: Profile) -> list[Cell]:
@@ -126,7 +133,6 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
     """
     wanted = cells(profile)
     arms = {cell.arm for cell in wanted}
-    tasks = {cell.task for cell in wanted}
     train = profile.train
     for needed, given, users in (
         ("generate", generated, arms & {"generated-naive", "generated-aligned", "mixed"}),
@@ -137,9 +143,54 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
                 f"train.arms: {sorted(users)[0]} needs the {needed} artifact and there is none",
                 hint=f"Run `gmail {needed}` first, or leave the arm out with --set train.arms=...",
             )
-    chosen = settings(train)
+    matter = {name for cell in wanted for name in _settings_of(cell, profile)} | {*_SETTINGS_OF_CELLS}
+    chosen = {name: value for name, value in settings(train).items() if name in matter}
+    return _key(profile, wanted, chosen, generated=generated, aligned=aligned)
+
+
+def cell_keys(profile: Profile, *, generated: str | None = None, aligned: str | None = None) -> dict[str, str]:
+    """For each cell, by name, the digest of all that determines its bytes: equal for cells with equal folders.
+
+    Settings of other tasks and arms are left out, and so is the align artifact where the arm does not show it.
+    """
+    keys = {}
+    for cell in cells(profile):
+        own = {**_settings_of(cell, profile), **asdict(cell)}
+        keys[cell.name] = _key(profile, [cell], own, generated=generated, aligned=aligned).digest
+    return keys
+
+
+def _settings_of(cell: Cell, profile: Profile) -> dict[str, Any]:
+    """The settings of ``train`` that matter to a cell."""
+    others = {name for task in TASKS.values() for name in task.settings - TASKS[cell.task].settings}
+    others |= {name for arm, own in _SETTINGS_OF_ARMS.items() for name in own if arm != cell.arm}
+    every = settings(profile.train)
+    return {name: value for name, value in every.items() if name not in {*others, *_SETTINGS_OF_CELLS}}
+
+
+def reusable(
+    profile: Profile, workspace: Workspace, *, generated: str | None = None, aligned: str | None = None
+) -> dict[str, Artifact | None]:
+    """For each cell, by name, the earlier artifact of the run that it is taken from; None where it is to be trained."""
+    earlier = [artifact for artifact in workspace.artifacts() if artifact.stage == "train"]
+    return {
+        name: next((each for each in earlier if each.summary.get("cell_keys", {}).get(name) == key), None)
+        for name, key in cell_keys(profile, generated=generated, aligned=aligned).items()
+    }
+
+
+def _key(
+    profile: Profile,
+    wanted: Sequence[Cell],
+    chosen: dict[str, Any],
+    *,
+    generated: str | None,
+    aligned: str | None,
+) -> StageKey:
+    """The key of some cells, given those settings that matter to them."""
+    train, tasks = profile.train, {cell.task for cell in wanted}
     if not train.shots:
-        del chosen["shots"]
+        chosen.pop("shots", None)
     inputs = {"data": _read(profile).fingerprint}
     if generated:
         inputs["generated"] = generated
@@ -157,10 +208,10 @@ def plan_key(profile: Profile, *, generated: str | None = None, aligned: str | N
 
         models["autoencoder"] = folder_digest(autoencoder_folder(train.autoencoder))
         del chosen["autoencoder"]
-    if tasks & {"clipcap", "llava"}:
+    if tasks & {"clipcap", "ifcap", "sitta", "llava"}:
         models["lm"] = _lm_digest(train.lm, train.lm_revision)
         del chosen["lm"], chosen["lm_revision"]
-    if train.conversations:
+    if train.conversations and "conversations" in chosen:
         inputs["conversations"] = file_sha256(require_file(train.conversations, key="train.conversations"))
         del chosen["conversations"]
     return StageKey(stage="train", settings=chosen, inputs=inputs, models=models, seed=profile.seed)
@@ -213,12 +264,14 @@ def run(
     import torch
 
     wanted = cells(profile)
-    key = plan_key(
-        profile, generated=generated.digest if generated else None, aligned=aligned.digest if aligned else None
-    )
-    with workspace.open(key) as slot:
+    given = {
+        "generated": generated.digest if generated else None,
+        "aligned": aligned.digest if aligned else None,
+    }
+    with workspace.open(plan_key(profile, **given)) as slot:
         if slot.done:
             return slot.artifact
+        _take_earlier(reusable(profile, workspace, **given), workspace, slot)
         device = _device(profile)
         material = _material(profile, workspace, slot, device=device, generated=generated, aligned=aligned)
         inputs = Inputs(profile=profile, material=material, device=device, scratch=slot.scratch)
@@ -229,14 +282,30 @@ def run(
             report = (lambda step, _, done=done: progress(done + step, total)) if progress else None
             rows.append(_train(cell, inputs, slot, progress=report, track=track))
         slot.write_json(CELLS, rows)
-        summary = {"cells": len(rows), "captions": len(inputs.material.pairs), "steps": profile.train.steps}
+        summary = {
+            "cells": len(rows),
+            "cell_keys": cell_keys(profile, **given),
+            "captions": len(inputs.material.pairs),
+            "steps": profile.train.steps,
+        }
         return slot.commit(
             summary=summary, device=f"cuda: {torch.cuda.get_device_name()}" if device.type == "cuda" else device.type
         )
 
 
 def _steps(cell: Cell, profile: Profile) -> int:
-    return 0 if cell.arm == "none" else profile.train.steps
+    return 0 if cell.arm == "none" or TASKS[cell.task].fitted else profile.train.steps
+
+
+def _take_earlier(found: Mapping[str, Artifact | None], workspace: Workspace, slot: Slot) -> None:
+    """Put the cells that earlier artifacts hold into the slot, as if an interrupted run had finished them."""
+    for name, artifact in found.items():
+        if artifact is None or slot.has(f"{name}/{RECORD}"):
+            continue
+        whole = slot.link_folder(name, artifact)
+        if workspace.tell:
+            said = "reusing" if whole else "training anew, as its files are damaged:"
+            workspace.tell(f"{said} {name} of train/{artifact.path.name}")
 
 
 def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None, track: Track | None) -> dict[str, Any]:
@@ -270,7 +339,7 @@ def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None,
         "image_encoder": TASKS[cell.task].image_encoder,
         "steps": steps,
         "captions": len(inputs.material.pairs),
-        "trained_parameters": trained_parameters(job.module) if steps else 0,
+        "trained_parameters": trained_parameters(job.module) if cell.arm != "none" else 0,
         "final_loss": curve[-1]["loss"] if curve else None,
         "metrics": job.evaluate() if job.evaluate else {},
     }
@@ -294,13 +363,16 @@ def _recipe(cell: Cell, profile: Profile) -> Recipe:
     from gmail_cli.components.loop import Recipe, seed_from
 
     train = profile.train
-    second = train.instruct_lr or train.lr
-    first = round(train.pretrain_share * train.steps) if cell.task == "llava" else train.steps
+    first, second, in_two = train.steps, train.lr, False
+    if cell.task == "llava":
+        first, second, in_two = round(train.pretrain_share * train.steps), train.instruct_lr or train.lr, True
+    elif cell.task == "long-clip" and train.positions == "rotary":
+        first, in_two = round(train.distil_share * train.steps), True
     return Recipe(
         steps=train.steps,
         batch_size=train.batch_size,
         lr=train.lr if first else second,
-        restart=first if cell.task == "llava" else 0,
+        restart=first if in_two else 0,
         restart_lr=second,
         weight_decay=train.weight_decay,
         schedule=train.schedule,
@@ -450,7 +522,13 @@ def _long_clip(inputs: Inputs, cell: Cell) -> Job:
         shorts = longtext.short_texts(
             material.pairs, owners=material.pairs.records, captions=captions, choice=train.short_texts
         )
-    clip = longtext.lengthened(material.clip, length=train.context_length, keep=train.keep_positions)
+    rotary = train.positions == "rotary" and cell.arm != "none"
+    clip = longtext.lengthened(
+        material.clip,
+        length=train.context_length,
+        keep=train.keep_positions,
+        positions="rotary" if rotary else "stretched",
+    )
     return longtext.long_clip_job(
         clip,
         material.pairs,
@@ -458,6 +536,8 @@ def _long_clip(inputs: Inputs, cell: Cell) -> Job:
         shorts=shorts,
         short_weight=train.short_weight,
         components=train.coarse_components,
+        teacher=material.clip if rotary else None,
+        distilled=_recipe(cell, inputs.profile).restart,
     )
 
 
@@ -539,6 +619,64 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
         meeting=inputs.material.meeting(cell.arm) if cell.dual_projection else None,
         caption_tokens=train.caption_tokens,
     )
+
+
+def _ifcap(inputs: Inputs, cell: Cell) -> Job:
+    import torch
+
+    from gmail_cli.components import ifcap
+    from gmail_cli.components.heads import load_lm
+    from gmail_cli.components.loop import seed_from
+
+    train, material = inputs.profile.train, inputs.material
+    lm, tokenizer = load_lm(train.lm, revision=train.lm_revision)
+    captions = list(dict.fromkeys(material.pairs.texts))[: train.caption_memory or None]
+    if len(captions) < 2:
+        raise UsageError(f"train.caption_memory leaves {len(captions)} caption to retrieve from", hint="Keep more.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from("ifcap", inputs.profile.seed, cell.seed))
+        captioner = ifcap.RetrievalCaptioner(
+            material.clip.dim,
+            captions=captions,
+            vectors=material.embedded("texts").views[0].values[: len(captions)].clone(),
+            retrieved=train.retrieved_captions,
+            filtered=train.filtered_captions,
+            lm_revision=train.lm_revision,
+            lm=lm,
+            tokenizer=tokenizer,
+            lm_name=train.lm,
+            prefix_length=train.prefix_length,
+            mapping=train.mapping,
+            tune_lm=train.tune_lm,
+        )
+    arm, texts = material.embedded(cell.arm), cell.arm == "texts"
+    return ifcap.ifcap_job(
+        captioner.to(inputs.device),
+        material.pairs,
+        replace(arm, noise=train.text_noise) if texts else arm,
+        caption_tokens=train.caption_tokens,
+        retrieval_noise=train.retrieval_noise if texts else 0.0,
+        word_drop=train.word_drop,
+    )
+
+
+def _sitta(inputs: Inputs, cell: Cell) -> Job:
+    from gmail_cli.components import sitta
+    from gmail_cli.components.heads import load_lm
+    from gmail_cli.components.loop import seed_from
+
+    train, material = inputs.profile.train, inputs.material
+    lm, tokenizer = load_lm(train.lm, revision=train.lm_revision)
+    about = {
+        "lm": train.lm,
+        "lm_revision": train.lm_revision,
+        "encoder": material.clip.digest,
+        "tokens": train.retrieved_tokens,
+        "orders": train.token_orders,
+    }
+    model = sitta.LinearMap(material.clip.dim, lm=lm, tokenizer=tokenizer, about=about).to(inputs.device)
+    seed = seed_from("sitta", inputs.profile.seed, cell.seed)
+    return sitta.sitta_job(model, material.pairs, material.embedded(cell.arm), how=train.linear_map, seed=seed)
 
 
 def _llava(inputs: Inputs, cell: Cell) -> Job:
@@ -695,16 +833,61 @@ def _hf_tokenizer(inputs: Inputs, cell: Cell) -> Any:
 
 _EMBEDDED = frozenset({"real", "generated-naive", "generated-aligned", "mixed"})
 _PIXELS = frozenset({"real", "generated-naive", "mixed"})
+_SETTINGS_OF_CELLS = ("tasks", "arms", "seeds", "dual_projection")
+"""Keys of ``train`` that say which cells there are."""
+_SETTINGS_OF_ARMS: Mapping[ArmName, frozenset[str]] = {
+    "mixed": frozenset({"mix_ratio"}),
+    "texts": frozenset({"text_noise", "text_memory", "retrieval_noise"}),
+}
+"""Keys of ``train`` that matter to one arm alone."""
+_OF_LM = frozenset({"lm", "lm_revision"})
+_OF_CAPTIONER = _OF_LM | {"caption_tokens", "tune_lm", "prefix_length", "mapping", "text_noise"}
 
 TASKS: Mapping[TaskName, Task] = {
     "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}),
-    "long-clip": Task(build=_long_clip, arms=_EMBEDDED | {"none"}),
-    "clip": Task(build=_clip, arms=_PIXELS, image_encoder="own"),
-    "clipcap": Task(build=_clipcap, arms=_EMBEDDED | {"texts"}, dual=True),
-    "llava": Task(build=_llava, arms=_EMBEDDED, dual=True),
-    "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True),
-    "autoencoder": Task(build=_autoencoder, arms=_PIXELS, needs_clip=False),
-    "latent-diffusion": Task(build=_latent_diffusion, arms=_PIXELS),
+    "long-clip": Task(
+        build=_long_clip,
+        arms=_EMBEDDED | {"none"},
+        settings=frozenset(
+            {"context_length", "keep_positions", "short_weight", "short_texts", "coarse_components"}
+            | {"positions", "distil_share"},
+        ),
+    ),
+    "clip": Task(
+        build=_clip,
+        arms=_PIXELS,
+        image_encoder="own",
+        settings=frozenset({"architecture", "vocabulary", "augment", "patch_dropout", "class_weight"}),
+    ),
+    "clipcap": Task(
+        build=_clipcap,
+        arms=_EMBEDDED | {"texts"},
+        dual=True,
+        settings=_OF_CAPTIONER | {"text_memory"},
+    ),
+    "ifcap": Task(
+        build=_ifcap,
+        arms=_EMBEDDED | {"texts"},
+        settings=_OF_CAPTIONER
+        | {"caption_memory", "retrieved_captions", "retrieval_noise", "filtered_captions", "word_drop"},
+    ),
+    "sitta": Task(
+        build=_sitta,
+        arms=_EMBEDDED,
+        fitted=True,
+        settings=_OF_LM | {"linear_map", "retrieved_tokens", "token_orders"},
+    ),
+    "llava": Task(
+        build=_llava,
+        arms=_EMBEDDED,
+        dual=True,
+        settings=_OF_LM
+        | {"visual", "visual_grid", "pretrain_share", "conversations", "prompt", "conversation_tokens"}
+        | {"caption_tokens", "instruct_lr", "lora_rank", "lora_alpha"},
+    ),
+    "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True, settings=frozenset({"shots"})),
+    "autoencoder": Task(build=_autoencoder, arms=_PIXELS, needs_clip=False, settings=frozenset({"image_size"})),
+    "latent-diffusion": Task(build=_latent_diffusion, arms=_PIXELS, settings=frozenset({"image_size", "autoencoder"})),
     "causal-lm": Task(build=_causal_lm, arms=frozenset({"real"})),
 }
 

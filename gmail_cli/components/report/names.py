@@ -19,6 +19,8 @@ TASK_LABELS = {
     "long-clip": "the long text tower",
     "clip": "CLIP",
     "clipcap": "captioning",
+    "ifcap": "captioning with retrieved captions",
+    "sitta": "captioning by a linear map",
     "llava": "captioning by LLaVA",
     "linear-probe": "the linear probe",
     "features": "the image features",

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def write(given: Inputs, model: Model, rows: Sequence[int]) -> list[str]:
-    """What a captioner (task ``clipcap`` or ``llava``) says of these rows of the test images.
+    """What a captioner (task ``clipcap``, ``ifcap``, ``sitta`` or ``llava``) says of these rows of the test images.
 
     Raises:
         InputError: It was trained on another encoder, or needs test images that are not at hand.
     """
-    return {"clipcap": _clipcap, "llava": _llava}[model.task](given, model, list(rows))
+    writers = {"clipcap": _clipcap, "ifcap": _ifcap, "sitta": _sitta, "llava": _llava}
+    return writers[model.task](given, model, list(rows))
 
 
 def _clipcap(given: Inputs, model: Model, rows: list[int]) -> list[str]:
@@ -35,6 +36,25 @@ def _clipcap(given: Inputs, model: Model, rows: list[int]) -> list[str]:
     captioner = heads.load_captioner(given.artifacts["train"].folder(model.folder))
     vectors = tensor(given.images(model).vectors[rows])
     return heads.generate_captions(captioner, vectors, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+
+def _ifcap(given: Inputs, model: Model, rows: list[int]) -> list[str]:
+    from gmail_cli.components import ifcap
+
+    chosen = given.profile.eval
+    made = ifcap.load_retrieval_captioner(given.artifacts["train"].folder(model.folder))
+    vectors = tensor(given.images(model).vectors[rows])
+    return ifcap.write_captions(made, vectors, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+
+def _sitta(given: Inputs, model: Model, rows: list[int]) -> list[str]:
+    from gmail_cli.components import sitta
+
+    chosen = given.profile.eval
+    made = sitta.load_linear_map(given.artifacts["train"].folder(model.folder))
+    _check_encoder(given, model, str(made.about["encoder"]))
+    vectors, embed = tensor(given.images(model).vectors[rows]), given.encoder.encode_texts
+    return sitta.write_captions(made, vectors, embed=embed, beams=chosen.beams, max_tokens=chosen.caption_tokens)
 
 
 def _llava(given: Inputs, model: Model, rows: list[int]) -> list[str]:

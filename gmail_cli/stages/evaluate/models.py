@@ -251,6 +251,8 @@ _MEASURES: Mapping[str, Callable[[Measured, Model], dict[str, scoring.Scores]]] 
     "long-clip": Measured._clip,
     "clip": Measured._clip,
     "clipcap": Measured._captions,
+    "ifcap": Measured._captions,
+    "sitta": Measured._captions,
     "llava": Measured._captions,
     "linear-probe": Measured._probe,
     "features": Measured._features,
