@@ -46,7 +46,7 @@ VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
     "generate": 2,
     "align": 4,
-    "train": 2,
+    "train": 3,
     "embed": 2,
     "index": 2,
     "eval": 3,
@@ -799,7 +799,8 @@ class Workspace:
         root: ``runs`` by default.
         run: Name of the run: a folder below ``root``.
         tell: Called with a sentence for whoever waits: another process holds the wanted folder, features are reused.
-        features: Where features are kept and looked for, when not here (the first process's, under ``torchrun``).
+        features: Where features are kept and looked for, and what is shared of an unfinished stage, when not here (the
+            first process's, under ``torchrun``).
     """
 
     root: Path = Path("runs")

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmail_cli.components import parallel
 from gmail_cli.components.arms import Arm, Meeting, View
 from gmail_cli.components.conversations import IGNORED, IMAGE_ID, Chat, Conversation, owner_of, refuse, shown
 from gmail_cli.components.heads import load_lm, ridge_to
@@ -199,7 +200,11 @@ def _with_lora(lm: Any, *, rank: int, alpha: float) -> Any:
 
 
 class _Rows:
-    """Sequences of token ids and labels, kept flat and padded a batch at a time."""
+    """Sequences of token ids and labels, kept flat and padded a batch at a time.
+
+    Attributes:
+        told: How many tokens of each are supervised.
+    """
 
     def __init__(self, sequences: Sequence[tuple[list[int], list[int]]], *, pad: int) -> None:
         lengths = [len(ids) for ids, _ in sequences]
@@ -209,6 +214,7 @@ class _Rows:
             dtype=torch.int32,
         )
         self.pad = pad
+        self.told = np.array([sum(label != IGNORED for label in labels) for _, labels in sequences])
 
     def __len__(self) -> int:
         return len(self.stops) - 1
@@ -271,8 +277,11 @@ def llava_job(
 
     def loss(indices: Tensor, step: int) -> Tensor:
         first, chosen = step < recipe.restart, indices.tolist()
-        ids, labels, lengths = stages[0 if first else -1].batch(chosen)
-        captions = indices
+        share = parallel.ranks().share(len(chosen))
+        stage = stages[0 if first else -1]
+        ids, labels, lengths = stage.batch(chosen[share])
+        weight = int(stage.told[chosen[share]].sum()) / int(stage.told[chosen].sum())
+        captions, seen = indices, share
         if not first:
             choices = [seen_with[row] for row in chosen]
             draws = torch.rand(len(choices), dtype=torch.float64).tolist()
@@ -280,10 +289,11 @@ def llava_job(
                 [found[int(draw * len(found))] for found, draw in zip(choices, draws, strict=True) if found],
                 dtype=torch.long,
             )
+            seen = slice(*(sum(found is not None for found in choices[:stop]) for stop in (share.start, share.stop)))
         tokens, flow = arm.draw(captions) if len(captions) else (torch.empty(0, 1, model.dim), torch.ones(0).bool())
         tokens = tokens[:, None] if tokens.ndim == 2 else tokens
-        moved = [each.to(device) for each in (ids, labels, tokens, flow, lengths)]
-        return model(*moved, adapted=not first)
+        moved = [each.to(device) for each in (ids, labels, tokens[seen], flow[seen], lengths)]
+        return parallel.add(model(*moved, adapted=not first) * weight)
 
     def export(folder: Path) -> None:
         if model.generated is not None and True not in arm.flows:

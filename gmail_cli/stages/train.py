@@ -2,6 +2,7 @@
 
 A cell is one (task, arm, seed). Images are embedded (or decoded) once per arm and kept beside the cells while the
 stage works; a finished cell is kept when the stage is started again, an unfinished one resumes from its checkpoint.
+Under ``torchrun`` all processes share the steps of the tasks that are `Task.shared`; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, file_sha256, folder_digest
+from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, file_sha256, folder_digest
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, require_file, settings
 from gmail_cli.shipped import profile_folder
@@ -68,6 +69,7 @@ class Task:
         dual: Whether it has a head that dual projection applies to.
         image_encoder: What embeds images for the result: ``f_r``, or the model it trained itself.
         needs_clip: Whether it starts from ``model.clip``.
+        shared: Whether the processes of ``torchrun`` compute each step together.
     """
 
     build: Callable[[Inputs, Cell], Job]
@@ -75,6 +77,7 @@ class Task:
     dual: bool = False
     image_encoder: Literal["f_r", "own"] = "f_r"
     needs_clip: bool = True
+    shared: bool = False
 
 
 def cells(profile: Profile) -> list[Cell]:
@@ -212,6 +215,8 @@ def run(
     """
     import torch
 
+    from gmail_cli.components import parallel
+
     wanted = cells(profile)
     key = plan_key(
         profile, generated=generated.digest if generated else None, aligned=aligned.digest if aligned else None
@@ -224,10 +229,14 @@ def run(
         inputs = Inputs(profile=profile, material=material, device=device, scratch=slot.scratch)
         total = sum(_steps(cell, profile) for cell in wanted)
         rows: list[dict[str, Any]] = []
+        finished = _finished(wanted, slot)
         for cell in wanted:
             done = sum(row["steps"] for row in rows)
             report = (lambda step, _, done=done: progress(done + step, total)) if progress else None
-            rows.append(_train(cell, inputs, slot, progress=report, track=track))
+            if parallel.ranks().rank == 0:
+                rows.append(_train(cell, inputs, slot, progress=report, track=track))
+            elif TASKS[cell.task].shared and _steps(cell, profile) and cell not in finished:
+                _fit(cell, inputs, slot)
         slot.write_json(CELLS, rows)
         summary = {"cells": len(rows), "captions": len(inputs.material.pairs), "steps": profile.train.steps}
         return slot.commit(
@@ -241,27 +250,13 @@ def _steps(cell: Cell, profile: Profile) -> int:
 
 def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None, track: Track | None) -> dict[str, Any]:
     """Train one cell, or take it from an interrupted run; returns its row of ``cells.json``."""
-    from gmail_cli.components.loop import fit, trained_parameters
+    from gmail_cli.components.loop import trained_parameters
 
-    profile = inputs.profile
     record = f"{cell.name}/{RECORD}"
     if slot.has(record):
         return dict(json.loads(slot.path(record).read_text(encoding="utf-8")))
-    job = TASKS[cell.task].build(inputs, cell)
-    steps = _steps(cell, profile)
-    curve = []
-    checkpoints = slot.checkpoints(f"{cell.name}.checkpoint")
-    if steps:
-        curve = fit(
-            job.module,
-            loss=_in_precision(job.loss, profile, device=inputs.device),
-            rows=job.rows,
-            recipe=_recipe(cell, profile),
-            checkpoints=checkpoints,
-            checkpoint_seconds=profile.runtime.checkpoint_seconds,
-            log=functools.partial(track, cell.name) if track else None,
-            progress=progress,
-        )
+    job, curve = _fit(cell, inputs, slot, progress=progress, track=track)
+    steps = _steps(cell, inputs.profile)
     slot.write_folder(cell.name, job.export)
     slot.write_jsonl(f"{cell.name}/{METRICS}", curve)
     row = asdict(cell) | {
@@ -275,8 +270,56 @@ def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None,
         "metrics": job.evaluate() if job.evaluate else {},
     }
     slot.write_json(record, row)
-    checkpoints.remove()
+    _checkpoints(cell, slot).remove()
     return row
+
+
+def _fit(
+    cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None = None, track: Track | None = None
+) -> tuple[Job, list[dict[str, float]]]:
+    """Build a cell and train it, together with the other processes where its task is shared; with the loss curve.
+
+    The first process builds before the others, which then find what it made of the images.
+    """
+    from gmail_cli.components import parallel
+    from gmail_cli.components.loop import fit
+
+    profile, task, steps = inputs.profile, TASKS[cell.task], _steps(cell, inputs.profile)
+    shared, first = task.shared and steps > 0, parallel.ranks().rank == 0
+    if shared and not first:
+        parallel.barrier()
+    job = task.build(inputs, cell)
+    if shared and first:
+        parallel.barrier()
+    if not steps:
+        return job, []
+    curve = fit(
+        job.module,
+        loss=_in_precision(job.loss, profile, device=inputs.device),
+        rows=job.rows,
+        recipe=_recipe(cell, profile),
+        checkpoints=_checkpoints(cell, slot),
+        checkpoint_seconds=profile.runtime.checkpoint_seconds,
+        shared=shared,
+        log=functools.partial(track, cell.name) if track else None,
+        progress=progress,
+    )
+    return job, curve
+
+
+def _checkpoints(cell: Cell, slot: Slot) -> Checkpoints:
+    return slot.checkpoints(f"{cell.name}.checkpoint")
+
+
+def _finished(wanted: Sequence[Cell], slot: Slot) -> set[Cell]:
+    """The cells that an interrupted run has finished, as the first process sees it."""
+    import torch
+
+    from gmail_cli.components import parallel
+
+    there = parallel.from_first({"there": torch.tensor([slot.has(f"{cell.name}/{RECORD}") for cell in wanted])})
+    assert there is not None
+    return {cell for cell, done in zip(wanted, there["there"].tolist(), strict=True) if done}
 
 
 def _in_precision(loss: Loss, profile: Profile, *, device: torch.device) -> Loss:
@@ -365,8 +408,10 @@ def _material(
     def kept_pixels(
         name: str, shape: tuple[int, ...], dtype: str, fill: Callable[[int, int], np.ndarray]
     ) -> np.ndarray:
+        assert workspace is not None
         assert slot is not None
-        return _cached(slot, name, shape, dtype, fill)
+        first = workspace.features.open(slot.key) if workspace.features else slot
+        return _cached(first, name, shape, dtype, fill)
 
     return Material(
         _read(profile),
@@ -522,6 +567,7 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
             lm=lm,
             tokenizer=tokenizer,
             lm_name=train.lm,
+            lm_revision=train.lm_revision,
             prefix_length=train.prefix_length,
             mapping=train.mapping,
             tune_lm=train.tune_lm,
@@ -696,11 +742,11 @@ _EMBEDDED = frozenset({"real", "generated-naive", "generated-aligned", "mixed"})
 _PIXELS = frozenset({"real", "generated-naive", "mixed"})
 
 TASKS: Mapping[TaskName, Task] = {
-    "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}),
-    "long-clip": Task(build=_long_clip, arms=_EMBEDDED | {"none"}),
-    "clip": Task(build=_clip, arms=_PIXELS, image_encoder="own"),
-    "clipcap": Task(build=_clipcap, arms=_EMBEDDED | {"texts"}, dual=True),
-    "llava": Task(build=_llava, arms=_EMBEDDED, dual=True),
+    "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}, shared=True),
+    "long-clip": Task(build=_long_clip, arms=_EMBEDDED | {"none"}, shared=True),
+    "clip": Task(build=_clip, arms=_PIXELS, image_encoder="own", shared=True),
+    "clipcap": Task(build=_clipcap, arms=_EMBEDDED | {"texts"}, dual=True, shared=True),
+    "llava": Task(build=_llava, arms=_EMBEDDED, dual=True, shared=True),
     "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True),
     "autoencoder": Task(build=_autoencoder, arms=_PIXELS, needs_clip=False),
     "latent-diffusion": Task(build=_latent_diffusion, arms=_PIXELS),
