@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, digest_of
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, digest_of, file_sha256
 from gmail_cli.components import exchange, gate, measure, protocols, report
 from gmail_cli.components import scores as scoring
 from gmail_cli.components.captions import Dataset, check_disjoint
@@ -24,11 +24,12 @@ from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.metrics.classification import Classification
 from gmail_cli.components.metrics.clipscore import PROMPT
 from gmail_cli.components.metrics.retrieval import RetrievalRanks
+from gmail_cli.components.questions import QuestionSet, read_questions
 from gmail_cli.components.report import gallery
 from gmail_cli.components.scores import Cell
 from gmail_cli.components.tables import Table
-from gmail_cli.errors import GmailError, InputError
-from gmail_cli.profile import Profile, settings
+from gmail_cli.errors import GmailError, InputError, UsageError
+from gmail_cli.profile import Profile, require_file, settings
 from gmail_cli.stages import sources
 
 if TYPE_CHECKING:
@@ -57,11 +58,21 @@ def plan_key(
 ) -> StageKey:
     """What `run` would make from the artifacts with these digests."""
     inputs = {"embeddings": embeddings, "train": train, "aligned": aligned, "generated": generated, "index": index}
+    chosen = settings(profile.eval)
     if profile.eval.extra_positives:
         inputs["extra_positives"] = digest_of(_extra_positives(profile))
+    for asked in _questions(profile):
+        files = [require_file(str(file), key="eval.questions") for file in asked.files]
+        inputs[asked.benchmark] = digest_of([file_sha256(file) for file in files])
+    for name in (
+        "extra_positives",
+        "questions",
+        *(() if profile.eval.questions else ("question_split", "answer_tokens")),
+    ):
+        del chosen[name]
     return StageKey(
         stage="eval",
-        settings={name: value for name, value in settings(profile.eval).items() if name != "extra_positives"},
+        settings=chosen,
         inputs={name: digest for name, digest in inputs.items() if digest is not None},
         seed=profile.seed,
     )
@@ -92,7 +103,8 @@ def run(
 
     Returns:
         The artifact: ``results.json`` (``gmail.results/1``), ``report.html``, ``report.md``, ``ranks/*.npy``,
-        ``queries/*.parquet`` and ``predictions/*.json``. Its summary has the ``verdict``.
+        ``queries/*.parquet`` and ``predictions/*.json`` (captions; answers as ``gmail score qa`` reads them). Its
+        summary has the ``verdict``.
 
     Raises:
         InputError: Tables that do not fit each other, or training data that hold test data.
@@ -106,6 +118,9 @@ def run(
         work = _Work(profile, slot, {"embeddings": embeddings, **{name: a for name, a in given.items() if a}})
         work.check_leaks()
         models = list(work.models())
+        if profile.eval.questions and not any(model.task == "llava" for model in models):
+            hint = "Train a cell of task llava, or leave eval.questions empty."
+            raise InputError(f"eval.questions = {list(profile.eval.questions)}: no model here answers them", hint=hint)
         cells = []
         for done, model in enumerate(models):
             if progress:
@@ -137,6 +152,20 @@ def run(
 def _extra_positives(profile: Profile) -> dict[str, list[str]] | None:
     named = profile.eval.extra_positives
     return exchange.read_extra_positives(Path(named)) if named else None
+
+
+@functools.lru_cache(maxsize=1)
+def _questions(profile: Profile) -> tuple[QuestionSet, ...]:
+    """The questions that LLaVA models are asked; read once for the plan and the work."""
+    chosen = profile.eval
+    found = [
+        read_questions(require_file(path, key="eval.questions"), split=chosen.question_split)
+        for path in chosen.questions
+    ]
+    names = [asked.benchmark for asked in found]
+    if len(set(names)) < len(names):
+        raise UsageError(f"eval.questions = {list(chosen.questions)} names {names[0]} twice", hint="Give one of each.")
+    return tuple(found)
 
 
 def read_baseline(baseline: Path) -> dict[str, Any]:
@@ -416,17 +445,21 @@ class _Work:
         return self._captioned(model, write)
 
     def _llava(self, model: _Model) -> dict[str, scoring.Scores]:
-        """Captions of real images by a LLaVA-style model, scored against what people wrote."""
+        """Captions of real images by a LLaVA-style model, scored against what people wrote; and its answers."""
         from gmail_cli.components import llava
         from gmail_cli.components.encoders import pick_device
 
         chosen = self.profile.eval
 
-        def write(rows: list[int]) -> list[str]:
+        @functools.cache
+        def load() -> llava.Llava:
             folder = self.inputs["train"].folder(model.folder)
             made = llava.load_llava(folder, device=pick_device(self.profile.runtime.device))
             self._check_encoder(model, str(made.about["encoder"]))
-            images = self._images(model)
+            return made
+
+        def write(rows: list[int]) -> list[str]:
+            made, images = load(), self._images(model)
             if made.about["visual"] == "pooled":
                 tokens = _tensor(images.vectors[rows])[:, None]
             else:
@@ -434,7 +467,30 @@ class _Work:
             prompts = [llava.caption_prompt(made)] * len(rows)
             return llava.answer(made, prompts, tokens, beams=chosen.beams, max_tokens=chosen.caption_tokens)
 
-        return self._captioned(model, write)
+        scores = self._captioned(model, write)
+        for asked in _questions(self.profile):
+            name = f"predictions/{model.name}.{asked.benchmark}.json"
+            if not self.slot.has(name):
+                see = functools.partial(self._see, load().about)
+                written = llava.answer_questions(load(), asked, see=see, max_tokens=chosen.answer_tokens)
+                self.slot.write_json(name, written)
+            held = json.loads(self.slot.path(name).read_text(encoding="utf-8"))
+            found = measure.answers(asked, responses=held)
+            scores |= {f"{asked.benchmark}_{metric}": each for metric, each in found.items()}
+        return scores
+
+    def _see(self, about: Mapping[str, Any], images: Sequence[bytes]) -> Any:
+        """Image tokens of images from elsewhere, through the encoder of the test images."""
+        from gmail_cli.components import encoders
+
+        workers = self.profile.runtime.workers
+        if about["visual"] == "pooled":
+            vectors = encoders.embed_images(self._encoder(), images.__getitem__, len(images), workers=workers)
+            return _tensor(vectors)[:, None]
+        grid = int(about["visual_grid"])
+        return _tensor(
+            encoders.patch_tokens(self._encoder(), images.__getitem__, len(images), grid=grid, workers=workers)
+        )
 
     def _check_encoder(self, model: _Model, digest: str) -> None:
         """Refuse a model that was trained on the tokens of another f_r."""

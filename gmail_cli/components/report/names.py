@@ -19,7 +19,7 @@ TASK_LABELS = {
     "long-clip": "the long text tower",
     "clip": "CLIP",
     "clipcap": "captioning",
-    "llava": "captioning by LLaVA",
+    "llava": "LLaVA",
     "linear-probe": "the linear probe",
     "features": "the image features",
     "gap": "the modality gap",
@@ -36,7 +36,7 @@ GAP_METRICS = (
 )
 """Metrics of the modality gap, shown as they are; all others are shown times 100."""
 
-FAMILIES = ("retrieval", "long captions", "classification", "captions")
+FAMILIES = ("retrieval", "long captions", "classification", "captions", "questions")
 
 _LABELS = {
     "bleu_1": "BLEU-1",
@@ -48,6 +48,8 @@ _LABELS = {
     "cider": "CIDEr",
     "clip_score": "CLIPScore",
     "ref_clip_score": "RefCLIPScore",
+    "scienceqa_accuracy": "ScienceQA accuracy",
+    "mmmu_accuracy": "MMMU accuracy",
     "paired_cosine": "cosine of a generated image with the real one of its caption",
     "unpaired_cosine": "cosine with the real image of another caption",
     "centroid_cosine": "cosine of the two means",
@@ -63,6 +65,8 @@ _PARTS = (
     ("nearest_neighbour_", "k-NN "),
     ("nearest_mean_", "nearest mean "),
     ("linear_probe_", "linear probe "),
+    ("scienceqa_", "ScienceQA "),
+    ("mmmu_", "MMMU "),
     ("top_1_accuracy", "accuracy"),
     ("top_5_accuracy", "top-5 accuracy"),
     ("mean_per_class_accuracy", "mean per class"),
@@ -101,6 +105,8 @@ def family(metric: str) -> str:
         return "long captions"
     if metric.startswith(("text_to_image", "image_to_text")):
         return "retrieval"
+    if metric.startswith(("scienceqa_", "mmmu_")):
+        return "questions"
     return "classification" if metric.endswith("_accuracy") else "captions"
 
 
