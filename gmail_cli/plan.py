@@ -33,7 +33,7 @@ MAKER: Mapping[str, str] = {
     "embeddings": "embed",
     "index": "index",
 }
-SHARED = ("align",)
+SHARED = ("align", "train")
 """Stages whose training all processes of ``torchrun`` share; the others are the first one's."""
 READ_FEATURES = ("align", "train")
 """Stages that read what frozen towers make of images (:mod:`gmail_cli.stages.features`)."""

@@ -570,6 +570,14 @@ class Eval(Section):
     """Beams that captions are generated with; 1 is greedy."""
     caption_tokens: Count = 48
     """Most tokens of a generated caption."""
+    questions: Strings = ()
+    """Questions that models of task `llava` answer: ScienceQA's folder (`problems.json`, `pid_splits.json`, `images/`),
+    or Parquet files of MMMU. They are asked as LLaVA's and MMMU's own evaluations do, and answer greedily; their images
+    go through f_r. Adds `scienceqa_accuracy` and `mmmu_accuracy`, also of each group of questions."""
+    question_split: str = "test"
+    """Split of ScienceQA."""
+    answer_tokens: Count = 64
+    """Most tokens of an answer."""
     allow_generated_flow: bool = False
     """Also evaluate test images that were embedded through f_g (`embed.flow = "generated"`). `embed.real_encoder =
     "tuned"` allows it for its own test set."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from gmail_cli.components import heads
 from gmail_cli.components.arms import Arm, Meeting, View
 from gmail_cli.components.heads import (
     IGNORED,
@@ -181,6 +183,23 @@ def test_a_captioner_learns_its_captions(lm_folder: Path, tmp_path: Path, *, map
     else:
         assert all(torch.equal(value, frozen[name]) for name, value in lm.state_dict().items())
         assert not (tmp_path / "lm").exists()
+
+
+def test_a_captioner_is_loaded_with_the_revision_of_its_language_model(
+    lm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, tokenizer = load_lm(lm_folder)
+    given = {"lm": lm, "tokenizer": tokenizer, "lm_name": str(lm_folder), "lm_revision": "0123abc"}
+    save_head(Captioner(16, **given, prefix_length=4), tmp_path)
+    asked: list[Any] = []
+
+    def spied(ref: Any, *, revision: str = "") -> Any:
+        asked.append((ref, revision))
+        return load_lm(ref)
+
+    monkeypatch.setattr(heads, "load_lm", spied)
+    assert load_captioner(tmp_path).lm_revision == "0123abc"
+    assert asked == [(str(lm_folder), "0123abc")]
 
 
 COLOURS, THINGS = ("red", "blue", "green", "white", "black", "pink"), ("ball", "cube", "tree", "house")

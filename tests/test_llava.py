@@ -188,10 +188,18 @@ def test_images_are_found_by_the_names_of_the_field() -> None:
 # -- training ----------------------------------------------------------------------------------------------------
 
 
-def job_of(model: Llava, arm: Arm, *, recipe: Recipe, real: Arm | None = None, talks: Any = None) -> Any:
+def job_of(
+    model: Llava,
+    arm: Arm,
+    *,
+    recipe: Recipe,
+    real: Arm | None = None,
+    talks: Any = None,
+    conversation_tokens: int = 64,
+) -> Any:
     pairs = pairs_of(TEXTS, labels=(-1,) * 4, names=())
     talks = captions_as_conversations(pairs, prompt="what") if talks is None else talks
-    limits = {"caption_tokens": 20, "conversation_tokens": 64}
+    limits = {"caption_tokens": 20, "conversation_tokens": conversation_tokens}
     return llava_job(model, pairs, arm, real=real, conversations=talks, recipe=recipe, **limits)
 
 

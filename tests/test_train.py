@@ -297,6 +297,17 @@ def test_a_cell_that_an_earlier_artifact_holds_is_not_trained_again(world: World
     assert second.files[weights.format("generated-aligned")] != first.files[weights.format("generated-aligned")]
 
 
+@pytest.mark.parametrize("task", ["clip-text", "clipcap", "ifcap", "llava", "linear-probe"])
+def test_a_cell_does_not_depend_on_what_was_trained_before_it(world: World, tmp_path: Path, task: str) -> None:
+    options = {"tasks": [task], "steps": 2, "batch_size": 4}
+    name = f"{task}.generated-naive.seed0"
+    made = []
+    for arms in (["generated-naive"], ["real", "generated-naive"]):
+        artifact = train.run(world.profile(arms=arms, **options), Workspace(tmp_path, str(len(arms))), **world.inputs())
+        made.append({file: entry["sha256"] for file, entry in artifact.files.items() if file.startswith(f"{name}/")})
+    assert made[0] == made[1]
+
+
 def test_a_damaged_cell_is_trained_again(world: World, tmp_path: Path) -> None:
     said: list[str] = []
     workspace = Workspace(tmp_path, "damaged", tell=said.append)

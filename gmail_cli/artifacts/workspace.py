@@ -21,7 +21,8 @@ class Workspace:
         root: ``runs`` by default.
         run: Name of the run: a folder below ``root``.
         tell: Called with a sentence for whoever waits: another process holds the wanted folder, features are reused.
-        features: Where features are kept and looked for, when not here (the first process's, under ``torchrun``).
+        features: Where features are kept and looked for, and what is shared of an unfinished stage, when not here (the
+            first process's, under ``torchrun``).
     """
 
     root: Path = Path("runs")

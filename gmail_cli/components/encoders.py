@@ -299,6 +299,7 @@ def _ends(model: Any, ids: Int[Tensor, "batch length"]) -> Int[Tensor, " batch"]
 # -- loading and saving ------------------------------------------------------------------------------------------
 
 
+@torch.random.fork_rng(devices=[])  # building a model draws random numbers, which the caller's must not depend on
 def load_clip(
     ref: str | Path,
     *,

@@ -176,6 +176,7 @@ class Captioner(Head):
         lm: Any,
         tokenizer: Any,
         lm_name: str,
+        lm_revision: str = "",
         prefix_length: int = 8,
         mapping: Mapping = "mlp",
         tune_lm: bool = False,
@@ -183,7 +184,8 @@ class Captioner(Head):
     ) -> None:
         super().__init__(dim, dual=dual)
         width = lm.get_input_embeddings().embedding_dim
-        self.prefix_length, self.kind, self.tune_lm, self.lm_name = prefix_length, mapping, tune_lm, lm_name
+        self.prefix_length, self.kind, self.tune_lm = prefix_length, mapping, tune_lm
+        self.lm_name, self.lm_revision = lm_name, lm_revision
         build = {"mlp": _mlp, "transformer": _Translator}[mapping]
         self.mapping = build(dim, width, prefix_length)
         self.lm = lm.requires_grad_(tune_lm)
@@ -248,6 +250,7 @@ class Captioner(Head):
             "mapping": self.kind,
             "tune_lm": self.tune_lm,
             "lm": LM_FOLDER if self.tune_lm else self.lm_name,
+            "lm_revision": "" if self.tune_lm else self.lm_revision,
             "dual": self.projection is not None,
             **({"scale": self.scale} if self.tune_lm else {}),  # that of the embeddings before they were trained
         }
@@ -287,6 +290,7 @@ class _Translator(nn.Module):
         return self.encoder(torch.cat([tokens, queries], dim=1))[:, self.length :].flatten(1)
 
 
+@torch.random.fork_rng(devices=[])  # building a model draws random numbers, which the caller's must not depend on
 def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
@@ -333,12 +337,13 @@ def load_captioner(folder: Path) -> Captioner:
         SetupError: Its language model cannot be loaded.
     """
     config = _read_config(folder, "captioner")
-    lm, tokenizer = load_lm(folder / LM_FOLDER if config["tune_lm"] else config["lm"])
+    lm, tokenizer = load_lm(folder / LM_FOLDER if config["tune_lm"] else config["lm"], revision=config["lm_revision"])
     captioner = Captioner(
         config["dim"],
         lm=lm,
         tokenizer=tokenizer,
         lm_name=config["lm"],
+        lm_revision=config["lm_revision"],
         prefix_length=config["prefix_length"],
         mapping=config["mapping"],
         tune_lm=config["tune_lm"],

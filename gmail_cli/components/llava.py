@@ -24,11 +24,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmail_cli.components import parallel
 from gmail_cli.components.arms import Arm, Meeting, View
-from gmail_cli.components.conversations import IGNORED, IMAGE_ID, Chat, Conversation, owner_of, refuse, shown
+from gmail_cli.components.conversations import (
+    IGNORED,
+    IMAGE,
+    IMAGE_ID,
+    Chat,
+    Conversation,
+    owner_of,
+    refuse,
+    shown,
+)
 from gmail_cli.components.heads import load_lm, ridge_to
 from gmail_cli.components.loop import Job, Recipe, batch_indices, seed_from
 from gmail_cli.components.pairs import Pairs
+from gmail_cli.components.questions import QuestionSet
 from gmail_cli.components.tasks import quick_attention
 from gmail_cli.components.tuning import load_peft, save_peft
 from gmail_cli.errors import InputError
@@ -199,7 +210,11 @@ def _with_lora(lm: Any, *, rank: int, alpha: float) -> Any:
 
 
 class _Rows:
-    """Sequences of token ids and labels, kept flat and padded a batch at a time."""
+    """Sequences of token ids and labels, kept flat and padded a batch at a time.
+
+    Attributes:
+        told: How many tokens of each are supervised.
+    """
 
     def __init__(self, sequences: Sequence[tuple[list[int], list[int]]], *, pad: int) -> None:
         lengths = [len(ids) for ids, _ in sequences]
@@ -209,6 +224,7 @@ class _Rows:
             dtype=torch.int32,
         )
         self.pad = pad
+        self.told = np.array([sum(label != IGNORED for label in labels) for _, labels in sequences])
 
     def __len__(self) -> int:
         return len(self.stops) - 1
@@ -271,8 +287,11 @@ def llava_job(
 
     def loss(indices: Tensor, step: int) -> Tensor:
         first, chosen = step < recipe.restart, indices.tolist()
-        ids, labels, lengths = stages[0 if first else -1].batch(chosen)
-        captions = indices
+        share = parallel.ranks().share(len(chosen))
+        stage = stages[0 if first else -1]
+        ids, labels, lengths = stage.batch(chosen[share])
+        weight = int(stage.told[chosen[share]].sum()) / int(stage.told[chosen].sum())
+        captions, seen = indices, share
         if not first:
             choices = [seen_with[row] for row in chosen]
             draws = torch.rand(len(choices), dtype=torch.float64).tolist()
@@ -280,10 +299,11 @@ def llava_job(
                 [found[int(draw * len(found))] for found, draw in zip(choices, draws, strict=True) if found],
                 dtype=torch.long,
             )
+            seen = slice(*(sum(found is not None for found in choices[:stop]) for stop in (share.start, share.stop)))
         tokens, flow = arm.draw(captions) if len(captions) else (torch.empty(0, 1, model.dim), torch.ones(0).bool())
         tokens = tokens[:, None] if tokens.ndim == 2 else tokens
-        moved = [each.to(device) for each in (ids, labels, tokens, flow, lengths)]
-        return model(*moved, adapted=not first)
+        moved = [each.to(device) for each in (ids, labels, tokens[seen], flow[seen], lengths)]
+        return parallel.add(model(*moved, adapted=not first) * weight)
 
     def export(folder: Path) -> None:
         if model.generated is not None and True not in arm.flows:
@@ -410,6 +430,55 @@ def answer(
         if progress:
             progress(len(texts), len(prompts))
     return texts
+
+
+def answer_questions(
+    model: Llava,
+    asked: QuestionSet,
+    *,
+    see: Callable[[Sequence[bytes]], Float[Tensor, "images tokens dim"]],
+    max_tokens: int = 64,
+    batch_size: int = 32,
+) -> dict[str, str]:
+    """What the model writes for each question, greedily, by the question's id; nothing where none is put to it.
+
+    Args:
+        model: In eval mode.
+        asked: The questions; see `QuestionSet.prompt` for what is asked.
+        see: Image tokens of encoded images, as the model learned to see real ones.
+        max_tokens: Most tokens of an answer.
+        batch_size: Questions at once.
+
+    Raises:
+        InputError: A question without text, one that is longer than the language model reads, an image that cannot
+            be read, or a model that learned no conversations.
+    """
+    if not model.about["instructed"]:
+        hint = "Train it with train.pretrain_share below 1."
+        raise InputError("a LLaVA model that learned captions alone cannot be asked", hint=hint)
+    chat = model.chat(limit=model.context)
+    prompts: dict[str, list[int]] = {}
+    for question in asked.questions:
+        text = asked.prompt(question)
+        if text is None:
+            continue
+        text = text.replace(IMAGE, "").strip()
+        ids = chat.question([text if question.image is None else shown(text)])
+        if len(ids) >= model.context:
+            raise InputError(
+                f"question {question.id} has {len(ids)} tokens, and {model.about['lm']} reads {model.context}",
+                hint="Take a language model with a longer context, or fewer image tokens (train.visual_grid).",
+            )
+        prompts[question.id] = ids
+    put = [question for question in asked.questions if question.id in prompts]
+    found = dict.fromkeys((question.id for question in asked.questions), "")
+    for start in range(0, len(put), batch_size):
+        some = put[start : start + batch_size]
+        images = [question.image() for question in some if question.image is not None]
+        tokens = see(images) if images else torch.empty(0, 1, model.dim)
+        texts = answer(model, [prompts[each.id] for each in some], tokens, max_tokens=max_tokens, batch_size=batch_size)
+        found |= {question.id: text for question, text in zip(some, texts, strict=True)}
+    return found
 
 
 def caption_prompt(model: Llava) -> list[int]:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from gmail_cli.components import rotary
+from gmail_cli.components import parallel, rotary
 from gmail_cli.components.arms import Arm
 from gmail_cli.components.encoders import Clip, build_clip, tensors_digest, text_features, text_features_by_length
 from gmail_cli.components.loop import Job
@@ -185,8 +185,9 @@ def long_clip_job(
     read = text_features_by_length if clip.device.type == "cpu" else text_features
 
     def embed(ids: Tensor) -> Tensor:
+        own = ids[parallel.ranks().share(len(ids))].long().to(clip.device)
         with quick_attention(clip.device):
-            return functional.normalize(read(model, ids.long().to(clip.device)).float(), dim=-1)
+            return parallel.gather(functional.normalize(read(model, own).float(), dim=-1), rows=len(ids))
 
     def loss(rows: Tensor, step: int) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if teacher is None or heard is None:

@@ -20,6 +20,7 @@ from gmail_cli.components.metrics.captioning import METRICS, CaptionScores, scor
 from gmail_cli.components.metrics.classification import Classification
 from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
 from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks, retrieval_ranks_in_folds
+from gmail_cli.components.questions import QuestionSet
 from gmail_cli.components.scores import OF_CORPUS, Scores
 from gmail_cli.components.tables import Table, require_same_space
 from gmail_cli.errors import InputError, SetupError
@@ -299,6 +300,23 @@ def captions(
     for name in ("rouge_l", "cider"):
         scores[name] = Scores.mean(found.per_image[name], groups=images)
     return scores, found
+
+
+def answers(asked: QuestionSet, *, responses: Mapping[str, str]) -> dict[str, Scores]:
+    """Accuracy on all questions and on each group of them, and the share of responses that name an answer.
+
+    Args:
+        asked: The questions, which the bootstrap draws.
+        responses: What a model wrote, by the question's id.
+    """
+    marks = [asked.mark(question, responses[question.id]) for question in asked.questions]
+    right, named = np.array(marks, dtype=np.float64).T
+    everyone = np.arange(len(right))
+    scores = {"accuracy": Scores.mean(right, groups=everyone)}
+    for name in dict.fromkeys(group for question in asked.questions for group in question.groups):
+        of = np.flatnonzero([name in question.groups for question in asked.questions])
+        scores[f"{name}_accuracy"] = Scores.mean(right[of], groups=of)
+    return {**scores, "answered_share": Scores.mean(named, groups=everyone)}
 
 
 def modality_gap(real: Table, *, generated: Table) -> dict[str, Scores]:

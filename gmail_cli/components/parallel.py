@@ -1,8 +1,9 @@
 """Several processes that train one model: each computes its share of every batch, all take the same step.
 
 Started by ``torchrun``; without it there is one rank and nothing here does anything. A batch is embedded in shares, the
-embeddings are gathered with gradients, and the loss is that of the whole batch on every rank. So negatives reach over
-all ranks and the result is that of one process, up to the order of sums, whatever the number of ranks.
+embeddings are gathered with gradients, and the loss is that of the whole batch on every rank; a loss that is a mean
+over tokens is computed in shares and added up. So negatives reach over all ranks and the result is that of one process,
+up to the order of sums, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -96,12 +97,26 @@ def gather(local: Float[Tensor, "share dim"], *, rows: int) -> Float[Tensor, "ro
     return torch.cat(parts)
 
 
+def add(part: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The sum of all ranks' parts of a loss, with gradients as :func:`gather` has them."""
+    count = ranks().count
+    return part if count == 1 else gather(part[None, None], rows=count).sum()
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the ranks."""
+    """Replace each gradient by its mean over the ranks; a rank whose share did not reach a parameter counts as zero."""
     world = ranks()
     if world.count == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    parameters = list(parameters)
+    reached = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    reached = reached.to(parameters[0].device)
+    distributed.all_reduce(reached, distributed.ReduceOp.MAX)
+    gradients = []
+    for parameter, anywhere in zip(parameters, reached.tolist(), strict=True):
+        if anywhere:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
     flat /= world.count

@@ -1,15 +1,17 @@
-"""Readers of question sets (ScienceQA, MMMU) and of what models answered."""
+"""Readers of question sets (ScienceQA, MMMU) and of what models answered; how a question is put to a model."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from gmail_cli.components.captions.formats import read_json
+from gmail_cli.components.captions.sources import inside
 from gmail_cli.components.metrics import answers
 from gmail_cli.errors import InputError
 
@@ -37,6 +39,12 @@ DISCIPLINES = {
 }
 """MMMU's disciplines and their subjects (Yue et al. 2024)."""
 _SHOWN = 5
+_LETTER = "Answer with the option's letter from the given choices directly."
+_PHRASE = "Answer the question using a single word or phrase."
+_MARK = "<image"
+"""How MMMU writes of an image among its texts: ``<image 1>``."""
+_IMAGE = "image_1"
+"""Column of MMMU's first image, the one a model of one image is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +56,48 @@ class Question:
         options: What to choose from; empty for an open question.
         right: The right options' numbers, or the right texts of an open question.
         groups: What it is counted under, beside all: ``natural_science``, ``with_image`` and so on.
+        text: The question itself.
+        context: What is told before it.
+        image: Reads the image it is about, encoded; None where it has none.
     """
 
     id: str
     options: tuple[str, ...]
     right: tuple[int | str, ...]
     groups: tuple[str, ...]
+    text: str = ""
+    context: str = ""
+    image: Callable[[], bytes] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionSet:
-    """Questions of one benchmark."""
+    """Questions of one benchmark, and the files that hold them and their images."""
 
     benchmark: Literal["scienceqa", "mmmu"]
     questions: tuple[Question, ...]
+    files: tuple[Path, ...]
+
+    def prompt(self, question: Question) -> str | None:
+        """What a model is asked, as the evaluations of LLaVA write it: LLaVA's own for ScienceQA ("CQM"), MMMU's.
+
+        None for MMMU's questions with several images among their options, which MMMU puts to no model of one image and
+        counts as guessed.
+
+        Raises:
+            InputError: The question has no text.
+        """
+        if not question.text.strip():
+            raise InputError(f"question {question.id} has no text to ask", hint="Give the benchmark's own files.")
+        letters = [f"({letter}) {option}" for letter, option in zip(answers.LETTERS, question.options, strict=False)]
+        if self.benchmark == "scienceqa":
+            context = question.context.strip() or "N/A"
+            return f"Context: {context}\nQuestion: {question.text}\nOptions: {' '.join(letters)}\n{_LETTER}"
+        if sum(_MARK in option for option in question.options) > 1:
+            return None
+        if not letters:
+            return f"{question.text}\n{_PHRASE}"
+        return "\n".join([question.text, *letters, "", _LETTER])
 
     def mark(self, question: Question, response: str) -> tuple[float, bool]:
         """How right a response is (0, 1, or the chance of a guess where MMMU guesses), and whether it names one."""
@@ -99,7 +135,7 @@ def read_questions(path: Path, *, split: str = "test") -> QuestionSet:
     double = next((each for each in ids if ids.count(each) > 1), None) if len(set(ids)) < len(ids) else None
     if double is not None:
         raise InputError(f"{path} holds question {double!r} twice", hint="Give the files of one split.")
-    return QuestionSet(benchmark="mmmu", questions=tuple(found))
+    return QuestionSet(benchmark="mmmu", questions=tuple(found), files=tuple(files))
 
 
 def _science_qa(folder: Path, split: str) -> QuestionSet:
@@ -107,15 +143,37 @@ def _science_qa(folder: Path, split: str) -> QuestionSet:
     if not isinstance(splits, dict) or split not in splits:
         there = ", ".join(splits) if isinstance(splits, dict) else "none"
         raise InputError(f"{folder}/pid_splits.json has no split {split!r}", hint=f"There are: {there}.")
-    found = []
+    found, files = [], [folder / "problems.json", folder / "pid_splits.json"]
     for key in map(str, splits[split]):
         record = problems.get(key) if isinstance(problems, dict) else None
         options, right = (record.get("choices"), record.get("answer")) if isinstance(record, dict) else (None, None)
         if not isinstance(options, list) or type(right) is not int or not 0 <= right < len(options) <= 5:
             raise InputError(f"{folder}/problems.json: problem {key} has no choices with the number of the right one")
         assert isinstance(record, dict)
-        found.append(Question(id=key, options=tuple(options), right=(right,), groups=_science_qa_groups(record)))
-    return QuestionSet(benchmark="scienceqa", questions=tuple(found))
+        image = None
+        if record.get("image"):
+            file = inside(folder, f"images/{split}/{key}/{record['image']}")
+            image, files = functools.partial(_image_file, file, key), [*files, file]
+        found.append(
+            Question(
+                id=key,
+                options=tuple(map(str, options)),
+                right=(right,),
+                groups=_science_qa_groups(record),
+                text=str(record.get("question") or ""),
+                context=str(record.get("hint") or ""),
+                image=image,
+            )
+        )
+    return QuestionSet(benchmark="scienceqa", questions=tuple(found), files=tuple(files))
+
+
+def _image_file(file: Path, key: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        hint = "ScienceQA's images belong in images/<split>/<id>/ of its folder."
+        raise InputError(f"the image of question {key}, {file}, cannot be read: {error.strerror}", hint=hint) from error
 
 
 def _science_qa_groups(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -133,30 +191,54 @@ def _mmmu(file: Path) -> list[Question]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    columns = ["id", "options", "answer", "question_type"]
     try:
-        rows = pq.read_table(file, columns=["id", "options", "answer", "question_type"], partitioning=None).to_pylist()
+        there = pq.read_schema(file).names
+        columns += ["question"] * ("question" in there)
+        rows = pq.read_table(file, columns=columns, partitioning=None).to_pylist()
+        # The small part of an image's column says whether there is one.
+        shown = pq.ParquetFile(file).read([f"{_IMAGE}.path"])[_IMAGE].to_pylist() if _IMAGE in there else []
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"cannot read {file} as MMMU: {' '.join(str(error).split())[:200]}",
             hint="MMMU's Parquet files have id, options, answer and question_type.",
         ) from error
-    return [_mmmu_question(row, file) for row in rows]
+    return [
+        _mmmu_question(row, file, image=functools.partial(_mmmu_image, file, place) if image else None)
+        for place, (row, image) in enumerate(zip(rows, shown or [None] * len(rows), strict=True))
+    ]
 
 
-def _mmmu_question(row: Mapping[str, Any], file: Path) -> Question:
+def _mmmu_image(file: Path, place: int) -> bytes:
+    content = _mmmu_images(file)[place]["bytes"]
+    if not content:
+        raise InputError(f"{file}: {_IMAGE} of row {place} has no bytes", hint="Give MMMU's own files.")
+    return bytes(content)
+
+
+@functools.lru_cache(maxsize=1)
+def _mmmu_images(file: Path) -> list[dict[str, Any]]:
+    """The first images of one file; its questions are asked in its order."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(file).read([f"{_IMAGE}.bytes"])[_IMAGE].to_pylist()
+
+
+def _mmmu_question(row: Mapping[str, Any], file: Path, *, image: Callable[[], bytes] | None) -> Question:
     key, answer = str(row["id"]), str(row["answer"] or "")
     if answer in ("", "?"):
         raise InputError(f"{file}: question {key} has no answer", hint="Use the validation split: test has none.")
     subject = "_".join(key.split("_")[1:-1])
     groups = tuple(name for name, subjects in DISCIPLINES.items() if subject in subjects)
     given = _listed(answer) if answer.startswith("[") else [answer]
+    asked: dict[str, Any] = {"id": key, "text": str(row.get("question") or ""), "image": image}
     if row["question_type"] != "multiple-choice":
-        return Question(id=key, options=(), right=tuple(given), groups=(*groups, "open"))
+        return Question(**asked, options=(), right=tuple(given), groups=(*groups, "open"))
     options = _listed(row["options"])
     right = tuple(answers.LETTERS.find(letter) for letter in given)
     if not options or len(options) > len(answers.LETTERS) or not all(0 <= each < len(options) for each in right):
         raise InputError(f"{file}: question {key} has answer {answer!r} and {len(options)} options")
-    return Question(id=key, options=tuple(options), right=right, groups=(*groups, "multiple_choice"))
+    return Question(**asked, options=tuple(options), right=right, groups=(*groups, "multiple_choice"))
 
 
 def _listed(text: object) -> list[str]:

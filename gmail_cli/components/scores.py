@@ -41,6 +41,8 @@ HEADLINES = (
     "cider",
     "clip_score",
     "ref_clip_score",
+    "scienceqa_accuracy",
+    "mmmu_accuracy",
     "linear_probe_top_1_accuracy",
     "nearest_neighbour_top_1_accuracy",
     "long_text_to_image_recall_at_1",

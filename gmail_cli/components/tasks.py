@@ -1,7 +1,8 @@
 """What can be trained on the images of an arm: a text tower, a whole CLIP, a captioner, a class probe.
 
 Each function returns a `Job` for the training loop. An arm differs from another only in the images (or their
-embeddings) that it shows with a caption; captions, their order and the number of steps are the same.
+embeddings) that it shows with a caption; captions, their order and the number of steps are the same. The losses of text
+tower, CLIP and captioner are shared by the processes of ``torchrun`` (``parallel.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmail_cli.components import parallel
 from gmail_cli.components.arms import Arm, Meeting
 from gmail_cli.components.encoders import Clip, save_clip, text_features, text_features_by_length
 from gmail_cli.components.heads import IGNORED, Captioner, Head, Probe, save_head
@@ -79,11 +81,12 @@ class _Texts:
         self.of_caption = pairs.text_ids
 
     def embed(self, model: Any, rows: Int[Tensor, " batch"], *, device: torch.device) -> Float[Tensor, "batch dim"]:
-        """Unit embeddings, differentiable; equal texts of a batch are encoded once."""
+        """Unit embeddings, differentiable; equal texts of a batch are encoded once, by one rank."""
         different, where = torch.unique(self.of_caption[rows], return_inverse=True)
         read = text_features_by_length if device.type == "cpu" else text_features
-        features = read(model, self.ids[different].long().to(device))
-        return functional.embedding(where.to(device), functional.normalize(features.float(), dim=-1))
+        share = parallel.ranks().share(len(different))
+        features = functional.normalize(read(model, self.ids[different[share]].long().to(device)).float(), dim=-1)
+        return functional.embedding(where.to(device), parallel.gather(features, rows=len(different)))
 
 
 def _first_of_each(ids: Int[Tensor, " captions"]) -> Int[Tensor, " different"]:
@@ -145,11 +148,20 @@ def clip_job(
 
     Raises:
         InputError: A class weight without classes.
-        UsageError: Patch dropout for a tower without patches to drop.
+        UsageError: Patch dropout for a tower without patches to drop; several processes for what depends on the whole
+            batch: patch dropout, or a tower with batch normalisation.
     """
     from open_clip.transformer import PatchDropout, VisionTransformer
+    from torch.nn.modules.batchnorm import _BatchNorm
 
     model = copy.deepcopy(clip.model).requires_grad_(True).train().to(memory_format=torch.channels_last)
+    together = parallel.ranks().count > 1
+    if together and (patch_dropout or any(isinstance(module, _BatchNorm) for module in model.modules())):
+        what = f"train.patch_dropout = {patch_dropout}" if patch_dropout else f"the batch normalisation of {clip.name}"
+        raise UsageError(
+            f"{what} would see the share of a batch of each of {parallel.ranks().count} processes, not the batch",
+            hint="Train task clip with one process, or a tower without it.",
+        )
     dropout = None
     if patch_dropout:
         if not isinstance(model.visual, VisionTransformer):
@@ -166,11 +178,14 @@ def clip_job(
 
     def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         stored, _ = arm.draw(rows)
-        pixels = ((augmented(stored, augment).to(clip.device).float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        share = parallel.ranks().share(len(rows))
+        shown = augmented(stored, augment)[share].to(clip.device)
+        pixels = ((shown.float() / 255 - mean) / std).permute(0, 3, 1, 2)
         if dropout is not None:
             dropout.prob = patch_dropout if step < whole_from else 0.0
         with quick_attention(clip.device):
-            images = functional.normalize(model.encode_image(pixels).float(), dim=-1)
+            own = functional.normalize(model.encode_image(pixels).float(), dim=-1)
+            images = parallel.gather(own, rows=len(rows))
             embedded = texts.embed(model, rows, device=clip.device)
             names = None if prompts is None else text_features(model, prompts.to(clip.device))
         value, told = _contrast(model, images, embedded, pairs, rows)
@@ -258,9 +273,12 @@ def clipcap_job(captioner: Captioner, pairs: Pairs, arm: Arm, *, meeting: Meetin
 
     def loss(rows: Tensor, step: int) -> Tensor:
         features, real = arm.draw(rows)
-        tokens = table[pairs.text_ids[rows]]
-        tokens = tokens[:, : int((tokens != IGNORED).sum(dim=1).max())]
-        return captioner(features.to(device), real.to(device), tokens.to(device))
+        share = parallel.ranks().share(len(rows))
+        whole = table[pairs.text_ids[rows]]
+        lengths = (whole != IGNORED).sum(dim=1)
+        tokens = whole[share, : int(lengths[share].max())]
+        mean = captioner(features[share].to(device), real[share].to(device), tokens.to(device))
+        return parallel.add(mean * (int(lengths[share].sum()) / int(lengths.sum())))
 
     def export(folder: Path) -> None:
         finish()

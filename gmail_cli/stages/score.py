@@ -252,25 +252,22 @@ def questions(path: Path, *, predictions: Path, split: str = "test") -> Scored:
     """
     asked = question_sets.read_questions(path, split=split)
     given = question_sets.read_responses(predictions, questions=asked)
-    marks = [asked.mark(question, given[question.id]) for question in asked.questions]
-    right = np.array([mark for mark, _ in marks])
-    names = list(dict.fromkeys(group for question in asked.questions for group in question.groups))
-    scores = {"accuracy": Scores.mean(right, groups=np.arange(len(right)))}
-    for name in names:
-        of = np.flatnonzero([name in question.groups for question in asked.questions])
-        scores[f"{name}_accuracy"] = Scores.mean(right[of], groups=of)
-    named = float(np.mean([named for _, named in marks]))
+    scores = measure.answers(asked, responses=given)
+    unnamed = len(asked.questions) - round(scores["answered_share"].columns[:, 0].sum())
+    sizes = {
+        name.removesuffix("_accuracy"): each.queries for name, each in scores.items() if name.endswith("_accuracy")
+    }
     rules = {
         "scienceqa": "a letter alone or first, or after 'The answer is'; wrong where none is found",
         "mmmu": "the last option named, by letter or text; where none is found, the chance of a guess",
     }
     return Scored(
         protocol=f"score-{asked.benchmark}/1",
-        n={"questions": len(right), **{name: sum(name in each.groups for each in asked.questions) for name in names}},
-        metrics={**_values(scores), "answered_share": named},
+        n={"questions": len(asked.questions), **sizes},
+        metrics=_values(scores),
         intervals=_intervals(scores),
         settings={"extraction": rules[asked.benchmark]},
-        notes=(f"{round((1 - named) * len(right))} responses name no option",) if named < 1 else (),
+        notes=(f"{unnamed} responses name no option",) if unnamed else (),
     )
 
 

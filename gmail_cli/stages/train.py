@@ -4,6 +4,7 @@ A cell is one (task, arm, seed). Images are embedded (or decoded) once per arm a
 stage works; a finished cell is kept when the stage is started again, an unfinished one resumes from its checkpoint. A
 cell that an earlier artifact of the run holds already, of the same settings and inputs of its own (`cell_keys`), is
 taken from there: in a sweep over ``align`` only what f_g reaches is trained again.
+Under ``torchrun`` all processes share the steps of the tasks that are `Task.shared`; the first one does the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, file_sha256, folder_digest
+from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, file_sha256, folder_digest
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName, require_file, settings
 from gmail_cli.shipped import profile_folder
@@ -73,6 +74,7 @@ class Task:
         fitted: Whether it is fitted in closed form when it is built, without steps.
         settings: Keys of ``train`` that matter to it and to those tasks alone that list them too; a key that no task
             lists matters to every cell.
+        shared: Whether the processes of ``torchrun`` compute each step together.
     """
 
     build: Callable[[Inputs, Cell], Job]
@@ -82,6 +84,7 @@ class Task:
     needs_clip: bool = True
     fitted: bool = False
     settings: frozenset[str] = frozenset()
+    shared: bool = False
 
 
 def cells(profile: Profile) -> list[Cell]:
@@ -263,6 +266,8 @@ def run(
     """
     import torch
 
+    from gmail_cli.components import parallel
+
     wanted = cells(profile)
     given = {
         "generated": generated.digest if generated else None,
@@ -277,10 +282,14 @@ def run(
         inputs = Inputs(profile=profile, material=material, device=device, scratch=slot.scratch)
         total = sum(_steps(cell, profile) for cell in wanted)
         rows: list[dict[str, Any]] = []
+        finished = _finished(wanted, slot)
         for cell in wanted:
             done = sum(row["steps"] for row in rows)
             report = (lambda step, _, done=done: progress(done + step, total)) if progress else None
-            rows.append(_train(cell, inputs, slot, progress=report, track=track))
+            if parallel.ranks().rank == 0:
+                rows.append(_train(cell, inputs, slot, progress=report, track=track))
+            elif TASKS[cell.task].shared and _steps(cell, profile) and cell not in finished:
+                _fit(cell, inputs, slot)
         slot.write_json(CELLS, rows)
         summary = {
             "cells": len(rows),
@@ -310,27 +319,13 @@ def _take_earlier(found: Mapping[str, Artifact | None], workspace: Workspace, sl
 
 def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None, track: Track | None) -> dict[str, Any]:
     """Train one cell, or take it from an interrupted run; returns its row of ``cells.json``."""
-    from gmail_cli.components.loop import fit, trained_parameters
+    from gmail_cli.components.loop import trained_parameters
 
-    profile = inputs.profile
     record = f"{cell.name}/{RECORD}"
     if slot.has(record):
         return dict(json.loads(slot.path(record).read_text(encoding="utf-8")))
-    job = TASKS[cell.task].build(inputs, cell)
-    steps = _steps(cell, profile)
-    curve = []
-    checkpoints = slot.checkpoints(f"{cell.name}.checkpoint")
-    if steps:
-        curve = fit(
-            job.module,
-            loss=_in_precision(job.loss, profile, device=inputs.device),
-            rows=job.rows,
-            recipe=_recipe(cell, profile),
-            checkpoints=checkpoints,
-            checkpoint_seconds=profile.runtime.checkpoint_seconds,
-            log=functools.partial(track, cell.name) if track else None,
-            progress=progress,
-        )
+    job, curve = _fit(cell, inputs, slot, progress=progress, track=track)
+    steps = _steps(cell, inputs.profile)
     slot.write_folder(cell.name, job.export)
     slot.write_jsonl(f"{cell.name}/{METRICS}", curve)
     row = asdict(cell) | {
@@ -344,8 +339,56 @@ def _train(cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None,
         "metrics": job.evaluate() if job.evaluate else {},
     }
     slot.write_json(record, row)
-    checkpoints.remove()
+    _checkpoints(cell, slot).remove()
     return row
+
+
+def _fit(
+    cell: Cell, inputs: Inputs, slot: Slot, *, progress: Progress | None = None, track: Track | None = None
+) -> tuple[Job, list[dict[str, float]]]:
+    """Build a cell and train it, together with the other processes where its task is shared; with the loss curve.
+
+    The first process builds before the others, which then find what it made of the images.
+    """
+    from gmail_cli.components import parallel
+    from gmail_cli.components.loop import fit
+
+    profile, task, steps = inputs.profile, TASKS[cell.task], _steps(cell, inputs.profile)
+    shared, first = task.shared and steps > 0, parallel.ranks().rank == 0
+    if shared and not first:
+        parallel.barrier()
+    job = task.build(inputs, cell)
+    if shared and first:
+        parallel.barrier()
+    if not steps:
+        return job, []
+    curve = fit(
+        job.module,
+        loss=_in_precision(job.loss, profile, device=inputs.device),
+        rows=job.rows,
+        recipe=_recipe(cell, profile),
+        checkpoints=_checkpoints(cell, slot),
+        checkpoint_seconds=profile.runtime.checkpoint_seconds,
+        shared=shared,
+        log=functools.partial(track, cell.name) if track else None,
+        progress=progress,
+    )
+    return job, curve
+
+
+def _checkpoints(cell: Cell, slot: Slot) -> Checkpoints:
+    return slot.checkpoints(f"{cell.name}.checkpoint")
+
+
+def _finished(wanted: Sequence[Cell], slot: Slot) -> set[Cell]:
+    """The cells that an interrupted run has finished, as the first process sees it."""
+    import torch
+
+    from gmail_cli.components import parallel
+
+    there = parallel.from_first({"there": torch.tensor([slot.has(f"{cell.name}/{RECORD}") for cell in wanted])})
+    assert there is not None
+    return {cell for cell, done in zip(wanted, there["there"].tolist(), strict=True) if done}
 
 
 def _in_precision(loss: Loss, profile: Profile, *, device: torch.device) -> Loss:
@@ -437,8 +480,10 @@ def _material(
     def kept_pixels(
         name: str, shape: tuple[int, ...], dtype: str, fill: Callable[[int, int], np.ndarray]
     ) -> np.ndarray:
+        assert workspace is not None
         assert slot is not None
-        return _cached(slot, name, shape, dtype, fill)
+        first = workspace.features.open(slot.key) if workspace.features else slot
+        return _cached(first, name, shape, dtype, fill)
 
     return Material(
         _read(profile),
@@ -595,14 +640,14 @@ def _clipcap(inputs: Inputs, cell: Cell) -> Job:
 
     train = inputs.profile.train
     lm, tokenizer = load_lm(train.lm, revision=train.lm_revision)
-    dim = inputs.material.clip.dim  # loading a model draws random numbers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from("clipcap", inputs.profile.seed, cell.seed))
         captioner = Captioner(
-            dim,
+            inputs.material.clip.dim,
             lm=lm,
             tokenizer=tokenizer,
             lm_name=train.lm,
+            lm_revision=train.lm_revision,
             prefix_length=train.prefix_length,
             mapping=train.mapping,
             tune_lm=train.tune_lm,
@@ -844,10 +889,11 @@ _OF_LM = frozenset({"lm", "lm_revision"})
 _OF_CAPTIONER = _OF_LM | {"caption_tokens", "tune_lm", "prefix_length", "mapping", "text_noise"}
 
 TASKS: Mapping[TaskName, Task] = {
-    "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}),
+    "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}, shared=True),
     "long-clip": Task(
         build=_long_clip,
         arms=_EMBEDDED | {"none"},
+        shared=True,
         settings=frozenset(
             {"context_length", "keep_positions", "short_weight", "short_texts", "coarse_components"}
             | {"positions", "distil_share"},
@@ -857,12 +903,14 @@ TASKS: Mapping[TaskName, Task] = {
         build=_clip,
         arms=_PIXELS,
         image_encoder="own",
+        shared=True,
         settings=frozenset({"architecture", "vocabulary", "augment", "patch_dropout", "class_weight"}),
     ),
     "clipcap": Task(
         build=_clipcap,
         arms=_EMBEDDED | {"texts"},
         dual=True,
+        shared=True,
         settings=_OF_CAPTIONER | {"text_memory"},
     ),
     "ifcap": Task(
@@ -881,6 +929,7 @@ TASKS: Mapping[TaskName, Task] = {
         build=_llava,
         arms=_EMBEDDED,
         dual=True,
+        shared=True,
         settings=_OF_LM
         | {"visual", "visual_grid", "pretrain_share", "conversations", "prompt", "conversation_tokens"}
         | {"caption_tokens", "instruct_lr", "lora_rank", "lora_alpha"},

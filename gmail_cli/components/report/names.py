@@ -21,7 +21,7 @@ TASK_LABELS = {
     "clipcap": "captioning",
     "ifcap": "captioning with retrieved captions",
     "sitta": "captioning by a linear map",
-    "llava": "captioning by LLaVA",
+    "llava": "LLaVA",
     "linear-probe": "the linear probe",
     "features": "the image features",
     "gap": "the modality gap",
@@ -43,7 +43,7 @@ SET_METRICS = ("precision", "recall", "density", "coverage", "vendi_score", "rea
 
 _AS_THEY_ARE = frozenset(GAP_METRICS + SET_METRICS)
 
-FAMILIES = ("retrieval", "long captions", "classification", "captions")
+FAMILIES = ("retrieval", "long captions", "classification", "captions", "questions")
 
 _LABELS = {
     "bleu_1": "BLEU-1",
@@ -55,6 +55,8 @@ _LABELS = {
     "cider": "CIDEr",
     "clip_score": "CLIPScore",
     "ref_clip_score": "RefCLIPScore",
+    "scienceqa_accuracy": "ScienceQA accuracy",
+    "mmmu_accuracy": "MMMU accuracy",
     "paired_cosine": "cosine of a generated image with the real one of its caption",
     "unpaired_cosine": "cosine with the real image of another caption",
     "centroid_cosine": "cosine of the two means",
@@ -78,6 +80,8 @@ _PARTS = (
     ("nearest_neighbour_", "k-NN "),
     ("nearest_mean_", "nearest mean "),
     ("linear_probe_", "linear probe "),
+    ("scienceqa_", "ScienceQA "),
+    ("mmmu_", "MMMU "),
     ("top_1_accuracy", "accuracy"),
     ("top_5_accuracy", "top-5 accuracy"),
     ("mean_per_class_accuracy", "mean per class"),
@@ -116,6 +120,8 @@ def family(metric: str) -> str:
         return "long captions"
     if metric.startswith(("text_to_image", "image_to_text")):
         return "retrieval"
+    if metric.startswith(("scienceqa_", "mmmu_")):
+        return "questions"
     return "classification" if metric.endswith("_accuracy") else "captions"
 
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gmail_cli.artifacts import Artifact, StageKey, Workspace, digest_of
+from gmail_cli.artifacts import Artifact, StageKey, Workspace, digest_of, file_sha256
 from gmail_cli.components import gate, report
 from gmail_cli.components import scores as scoring
 from gmail_cli.components.metrics.intervals import Bootstrap
-from gmail_cli.profile import Profile, settings
+from gmail_cli.errors import InputError
+from gmail_cli.profile import Profile, require_file, settings
+from gmail_cli.stages.evaluate.captioners import questions
 from gmail_cli.stages.evaluate.inputs import Inputs
 from gmail_cli.stages.evaluate.models import Measured, extra_positives
 from gmail_cli.stages.evaluate.shown import shown
@@ -35,11 +37,18 @@ def plan_key(
 ) -> StageKey:
     """What `run` would make from the artifacts with these digests."""
     inputs = {"embeddings": embeddings, "train": train, "aligned": aligned, "generated": generated, "index": index}
+    chosen = settings(profile.eval)
     if profile.eval.extra_positives:
         inputs["extra_positives"] = digest_of(extra_positives(profile))
+    for asked in questions(profile):
+        files = [require_file(str(file), key="eval.questions") for file in asked.files]
+        inputs[asked.benchmark] = digest_of([file_sha256(file) for file in files])
+    unasked = () if profile.eval.questions else ("question_split", "answer_tokens")
+    for name in ("extra_positives", "questions", *unasked):
+        del chosen[name]
     return StageKey(
         stage="eval",
-        settings={name: value for name, value in settings(profile.eval).items() if name != "extra_positives"},
+        settings=chosen,
         inputs={name: digest for name, digest in inputs.items() if digest is not None},
         seed=profile.seed,
     )
@@ -70,7 +79,8 @@ def run(
 
     Returns:
         The artifact: ``results.json`` (``gmail.results/1``), ``report.html``, ``report.md``, ``report.tex``,
-        ``ranks/*.npy``, ``queries/*.parquet`` and ``predictions/*.json``. Its summary has the ``verdict``.
+        ``ranks/*.npy``, ``queries/*.parquet`` and ``predictions/*.json`` (captions; answers as ``gmail score qa`` reads
+        them). Its summary has the ``verdict``.
 
     Raises:
         InputError: Tables that do not fit each other, or training data that hold test data.
@@ -86,6 +96,9 @@ def run(
         given.check_leaks()
         measured = Measured(given, slot)
         models = list(measured.models())
+        if profile.eval.questions and not any(model.task == "llava" for model in models):
+            hint = "Train a cell of task llava, or leave eval.questions empty."
+            raise InputError(f"eval.questions = {list(profile.eval.questions)}: no model here answers them", hint=hint)
         cells = []
         for done, model in enumerate(models):
             if progress:

@@ -1,7 +1,8 @@
-"""Captions that trained models write of test images, and the CLIP that scores them."""
+"""Captions that trained models write of test images, answers that they give, and the CLIP that scores captions."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,14 @@ from jaxtyping import Float
 from gmail_cli.components import measure
 from gmail_cli.components import scores as scoring
 from gmail_cli.components.metrics.clipscore import PROMPT
+from gmail_cli.components.questions import QuestionSet, read_questions
 from gmail_cli.components.tables import Table
-from gmail_cli.errors import GmailError, InputError
+from gmail_cli.errors import GmailError, InputError, UsageError
+from gmail_cli.profile import Profile, require_file
 from gmail_cli.stages.evaluate.inputs import IMAGES, Inputs, Model
 
 if TYPE_CHECKING:
+    from gmail_cli.components import llava
     from gmail_cli.components.encoders import Clip
 
 
@@ -57,21 +61,70 @@ def _sitta(given: Inputs, model: Model, rows: list[int]) -> list[str]:
     return sitta.write_captions(made, vectors, embed=embed, beams=chosen.beams, max_tokens=chosen.caption_tokens)
 
 
-def _llava(given: Inputs, model: Model, rows: list[int]) -> list[str]:
+@functools.lru_cache(maxsize=1)
+def _load_llava(given: Inputs, model: Model) -> llava.Llava:
     from gmail_cli.components import llava
     from gmail_cli.components.encoders import pick_device
 
-    chosen = given.profile.eval
     folder = given.artifacts["train"].folder(model.folder)
     made = llava.load_llava(folder, device=pick_device(given.profile.runtime.device))
     _check_encoder(given, model, str(made.about["encoder"]))
-    images = given.images(model)
+    return made
+
+
+def _llava(given: Inputs, model: Model, rows: list[int]) -> list[str]:
+    from gmail_cli.components import llava
+
+    chosen, made, images = given.profile.eval, _load_llava(given, model), given.images(model)
     if made.about["visual"] == "pooled":
         tokens = tensor(images.vectors[rows])[:, None]
     else:
         tokens = _patches(given, [images.ids[row] for row in rows], grid=int(made.about["visual_grid"]))
     prompts = [llava.caption_prompt(made)] * len(rows)
     return llava.answer(made, prompts, tokens, beams=chosen.beams, max_tokens=chosen.caption_tokens)
+
+
+@functools.lru_cache(maxsize=1)
+def questions(profile: Profile) -> tuple[QuestionSet, ...]:
+    """The questions that LLaVA models are asked; read once for the plan and the work.
+
+    Raises:
+        InputError: A file that cannot be read.
+        UsageError: Two files of one benchmark.
+    """
+    chosen = profile.eval
+    found = [
+        read_questions(require_file(path, key="eval.questions"), split=chosen.question_split)
+        for path in chosen.questions
+    ]
+    names = [asked.benchmark for asked in found]
+    if len(set(names)) < len(names):
+        raise UsageError(f"eval.questions = {list(chosen.questions)} names {names[0]} twice", hint="Give one of each.")
+    return tuple(found)
+
+
+def answers(given: Inputs, model: Model, asked: QuestionSet) -> dict[str, str]:
+    """What a LLaVA-style model answers, by the question's id.
+
+    Raises:
+        InputError: It was trained on another encoder.
+    """
+    from gmail_cli.components import llava
+
+    made = _load_llava(given, model)
+    see = functools.partial(_see, given, made.about)
+    return llava.answer_questions(made, asked, see=see, max_tokens=given.profile.eval.answer_tokens)
+
+
+def _see(given: Inputs, about: Mapping[str, Any], images: Sequence[bytes]) -> Any:
+    """Image tokens of images from elsewhere, through the encoder of the test images."""
+    from gmail_cli.components import encoders
+
+    workers = given.profile.runtime.workers
+    if about["visual"] == "pooled":
+        return tensor(encoders.embed_images(given.encoder, images.__getitem__, len(images), workers=workers))[:, None]
+    grid = int(about["visual_grid"])
+    return tensor(encoders.patch_tokens(given.encoder, images.__getitem__, len(images), grid=grid, workers=workers))
 
 
 def _check_encoder(given: Inputs, model: Model, digest: str) -> None:

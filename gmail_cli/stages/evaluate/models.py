@@ -195,6 +195,18 @@ class Measured:
         self._remember(model, scores, rows=rows)
         return scores
 
+    def _llava(self, model: Model) -> dict[str, scoring.Scores]:
+        """Scores of a LLaVA-style model's captions, and of its answers to `eval.questions`."""
+        scores = self._captions(model)
+        for asked in captioners.questions(self.given.profile):
+            name = f"predictions/{model.name}.{asked.benchmark}.json"
+            if not self.slot.has(name):
+                self.slot.write_json(name, captioners.answers(self.given, model, asked))
+            held = json.loads(self.slot.path(name).read_text(encoding="utf-8"))
+            found = measure.answers(asked, responses=held)
+            scores |= {f"{asked.benchmark}_{metric}": each for metric, each in found.items()}
+        return scores
+
     def _remember(
         self, model: Model, scores: Mapping[str, scoring.Scores], *, rows: Sequence[int] | None = None
     ) -> None:
@@ -253,7 +265,7 @@ _MEASURES: Mapping[str, Callable[[Measured, Model], dict[str, scoring.Scores]]] 
     "clipcap": Measured._captions,
     "ifcap": Measured._captions,
     "sitta": Measured._captions,
-    "llava": Measured._captions,
+    "llava": Measured._llava,
     "linear-probe": Measured._probe,
     "features": Measured._features,
 }
