@@ -250,9 +250,7 @@ def test_every_scheduler_of_the_profile_draws_images_of_its_own(pipeline_folder:
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        SetupError, match=r"nobody/nothing.*abc.*OFFLINE.*\n.*hf download nobody/nothing --revision abc"
-    ):
+    with pytest.raises(SetupError, match=r"nobody/nothing.*OFFLINE.*\n.*hf download nobody/nothing --revision abc"):
         diffusion.load_pipeline("nobody/nothing", revision="abc")
     with pytest.raises(InputError, match=r"model_index\.json"):
         diffusion.load_pipeline(str(tmp_path))
