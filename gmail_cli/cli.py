@@ -17,10 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gmail_cli import __version__, shipped
+from gmail_cli.cli_artifacts import app as artifacts_app
+from gmail_cli.cli_common import (
+    JsonOption,
+    ProfileArgument,
+    ProfileOption,
+    RunOption,
+    SetOption,
+    WorkspaceOption,
+    count,
+    describe,
+    result,
+    say,
+    shown,
+)
 from gmail_cli.cli_compare import app as compare_app
 from gmail_cli.cli_gate import AnnotationsOption, BaselineOption, Gate, JunitOption, ToleranceOption
+from gmail_cli.cli_profile import app as profile_app
 from gmail_cli.cli_score import app as score_app
-from gmail_cli.cli_search import Flow, count
+from gmail_cli.cli_search import Flow
 from gmail_cli.cli_search import app as search_app
 from gmail_cli.errors import GmailError, InputError, UsageError
 from gmail_cli.progress import Progress
@@ -52,19 +67,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-profile_app = typer.Typer(help="List, show, check and describe profiles.", no_args_is_help=True, rich_markup_mode=None)
-artifacts_app = typer.Typer(
-    help="List, show, verify and clean up artifacts.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(compare_app)
 app.add_typer(search_app)
 app.add_typer(score_app, name="score")
 app.add_typer(profile_app, name="profile")
 app.add_typer(artifacts_app, name="artifacts")
-
-
-def _complete_profile(incomplete: str) -> list[str]:
-    return [name for name in shipped.profiles() if name.startswith(incomplete)]
 
 
 class OnBad(str, Enum):
@@ -74,31 +81,6 @@ class OnBad(str, Enum):
     SKIP = "skip"
 
 
-ProfileOption = Annotated[
-    str | None,
-    typer.Option(
-        "--profile",
-        "-p",
-        metavar="NAME|PATH",
-        help="Profile; default: $GMAIL_PROFILE, ./gmail.toml, tiny.",
-        autocompletion=_complete_profile,
-    ),
-]
-ProfileArgument = Annotated[
-    str | None,
-    typer.Argument(metavar="PROFILE", help="Name or path of a profile.", autocompletion=_complete_profile),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override a profile key; may be repeated."),
-]
-RunOption = Annotated[
-    str | None, typer.Option("--run", metavar="NAME", help="Run folder; default: the profile's name.")
-]
-WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", metavar="FOLDER", help="Where runs are kept.", show_default=True)
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a path.")]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print what is complete, what would run and why; run nothing.")
 ]
@@ -376,181 +358,13 @@ def run_(
     with Progress() as progress, _trackers(loaded, space) as track:
         made = plan.execute(loaded, space, stages=loaded.stages, progress=progress.task, on_done=_announce, track=track)
     if as_json:
-        _result(json.dumps({stage: _describe(artifact) for stage, artifact in made.items()}, indent=1))
+        result(json.dumps({stage: describe(artifact) for stage, artifact in made.items()}, indent=1))
         return
     last = made[loaded.stages[-1]]
     report = last.path / "report.html"
     if report.is_file():
-        _say(f"report: {_shown(report)}")
-    _result(_shown(last.path))
-
-
-# -- profiles ------------------------------------------------------------------------------------------------
-
-
-@profile_app.command(name="list")
-def profile_list(as_json: JsonOption = False) -> None:
-    """List shipped profiles."""
-    from gmail_cli import profile as profiles
-
-    rows = [{"name": name, "summary": profiles.load(path).summary} for name, path in shipped.profiles().items()]
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
-        typer.echo(f"{row['name']:{width}}  {row['summary']}")
-
-
-@profile_app.command(name="show")
-def profile_show(
-    profile: ProfileArgument = None,
-    set_: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Print the resolved profile as TOML; loading that text gives an equal profile."""
-    from gmail_cli import profile as profiles
-
-    loaded = profiles.load(profile, overrides=set_ or [], named_by="PROFILE")
-    typer.echo(loaded.model_dump_json() if as_json else profiles.dump(loaded), nl=as_json)
-
-
-@profile_app.command(name="check")
-def profile_check(
-    profile: Annotated[
-        list[str], typer.Argument(metavar="PROFILE", help="Names or paths.", autocompletion=_complete_profile)
-    ],
-) -> None:
-    """Check profiles: keys, types, ranges."""
-    from gmail_cli import profile as profiles
-
-    for ref in profile:
-        loaded = profiles.load(ref, named_by="PROFILE")
-        typer.echo(f"{ref}: ok ({', '.join(loaded.stages)})")
-
-
-@profile_app.command(name="schema")
-def profile_schema() -> None:
-    """Print the JSON schema of profiles, for editors."""
-    from gmail_cli import profile as profiles
-
-    typer.echo(json.dumps(profiles.schema(), indent=1))
-
-
-# -- artifacts -----------------------------------------------------------------------------------------------
-
-
-@artifacts_app.command(name="list")
-def artifacts_list(
-    run: RunOption = None, workspace: WorkspaceOption = Path("runs"), as_json: JsonOption = False
-) -> None:
-    """List complete artifacts of one run, or of all."""
-    found = [(space.run, artifact) for space in _workspaces(workspace, run) for artifact in space.artifacts()]
-    if as_json:
-        typer.echo(json.dumps([{"run": name, **_describe(artifact)} for name, artifact in found]))
-        return
-    for name, artifact in found:
-        seconds, made = artifact.manifest["seconds"], artifact.manifest["created"]
-        typer.echo(
-            f"{name}\t{artifact.stage}\t{artifact.digest[:12]}\t{made}\t{seconds:.1f} s\t{_shown(artifact.path)}"
-        )
-
-
-@artifacts_app.command(name="show")
-def artifacts_show(path: Annotated[Path, typer.Argument(metavar="ARTIFACT")]) -> None:
-    """Print an artifact's manifest."""
-    from gmail_cli.artifacts import Artifact
-
-    typer.echo(json.dumps(Artifact.load(path, any_version=True).manifest, indent=1, ensure_ascii=False))
-
-
-@artifacts_app.command(name="export")
-def artifacts_export(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Generate or embed artifact.")],
-    folder: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="New or empty folder; for images also a URL such as s3://bucket/a.")
-    ],
-    shard_images: Annotated[int, typer.Option(parser=count, metavar="N", help="Images in one tar.")] = 10_000,
-) -> None:
-    """Write images as WebDataset tars and a Parquet table, or embeddings in clip-retrieval's folder layout."""
-    from gmail_cli.artifacts import Artifact
-    from gmail_cli.stages import embed
-    from gmail_cli.stages.generate import exporting
-
-    artifact = Artifact.load(path)
-    if artifact.stage == "generate":
-        with Progress() as progress:
-            exporting.export(artifact, folder, shard_images=shard_images, progress=progress.task("export"))
-        typer.echo(folder)
-        return
-    left_out = embed.export(artifact, Path(folder))
-    if left_out:
-        _say(f"{left_out} captions left out: the layout has one text per image, the first")
-    typer.echo(_shown(Path(folder)))
-
-
-@artifacts_app.command(name="verify")
-def artifacts_verify(
-    paths: Annotated[list[Path] | None, typer.Argument(metavar="ARTIFACT")] = None,
-    regenerate: Annotated[
-        int | None,
-        typer.Option(parser=count, metavar="N", help="Also draw N random images of a generate artifact again."),
-    ] = None,
-    profile: ProfileOption = None,
-    overrides: SetOption = None,
-    run: RunOption = None,
-    workspace: WorkspaceOption = Path("runs"),
-) -> None:
-    """Check every byte against the manifests (all artifacts of the run, or of all runs, when none is named).
-
-    With --regenerate, generate.model (of --profile or --set) must be the pipeline that drew the images.
-    """
-    from gmail_cli.artifacts import Artifact
-
-    found = [Artifact.load(path, any_version=True) for path in paths] if paths else []
-    if not paths:
-        found = [artifact for space in _workspaces(workspace, run) for artifact in space.artifacts()]
-    problems = [(artifact, problem) for artifact in found for problem in artifact.verify()]
-    if regenerate is not None:
-        from gmail_cli import profile as profiles
-        from gmail_cli.stages.generate import checking
-
-        drawn = [each for each in found if each.stage == "generate"]
-        if not drawn:
-            raise UsageError(
-                "--regenerate: there is no generate artifact", hint="Name one, such as runs/tiny/generate/latest."
-            )
-        chosen = profiles.load(profile, overrides=overrides or [])
-        with Progress() as progress:
-            for artifact in drawn:
-                found_now = checking.regenerate(
-                    chosen, artifact, count=regenerate, progress=progress.task("regenerate")
-                )
-                problems += [(artifact, problem) for problem in found_now]
-    for artifact, problem in problems:
-        typer.echo(f"{_shown(artifact.path)}: {problem}")
-    if problems:
-        hint = "Delete the damaged folder and run its stage again."
-        raise InputError(f"{len(problems)} problem(s) in {len({a.path for a, _ in problems})} artifact(s)", hint=hint)
-    again = f"; {regenerate} image(s) drawn again, equal" if regenerate else ""
-    _say(f"{len(found)} artifact(s), every byte as written{again}")
-
-
-@artifacts_app.command(name="gc")
-def artifacts_gc(
-    run: RunOption = None,
-    workspace: WorkspaceOption = Path("runs"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
-) -> None:
-    """Delete interrupted folders and artifacts that no stage's latest artifact needs."""
-    found = [
-        path
-        for space in _workspaces(workspace, run)
-        for path in (space.garbage() if dry_run else space.collect_garbage())
-    ]
-    for path in found:
-        typer.echo(_shown(path))
-    _say(f"{len(found)} folder(s) {'would be deleted' if dry_run else 'deleted'}")
+        say(f"report: {shown(report)}")
+    result(shown(last.path))
 
 
 @app.command()
@@ -610,13 +424,13 @@ class _Context:
         path = profiles.locate(self.ref, named_by=self.named_by)
         loaded = profiles.load(path, overrides=self.overrides)
         if self.ref is None and path == shipped.profiles().get(profiles.DEFAULT_PROFILE):
-            _say(
+            say(
                 "profile tiny: it draws only its own small world of scenes; for photographs use "
                 "--profile coco-sd21-vitb16"
             )
         if loaded.runtime.threads:
             os.environ["OMP_NUM_THREADS"] = str(loaded.runtime.threads)
-        return loaded, Workspace(self.root, self.run or loaded.name, tell=_say)
+        return loaded, Workspace(self.root, self.run or loaded.name, tell=say)
 
     def print_plan(self, steps: list[Any], **more: Any) -> None:
         if self.as_json:
@@ -691,9 +505,9 @@ def _stage_part(
     if not isinstance(made, Waiting):
         artifact: Artifact = made
         _announce(artifact, reused=False)
-        typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
+        typer.echo(json.dumps(describe(artifact)) if context.as_json else shown(artifact.path))
         return artifact
-    _say(f"{name}: part {part[0]} of {part[1]} done; {made.done} of {made.shards} shards are there")
+    say(f"{name}: part {part[0]} of {part[1]} done; {made.done} of {made.shards} shards are there")
     if context.as_json:
         about = {"stage": name, "path": None, "digest": made.key.digest, "done": made.done, "shards": made.shards}
         typer.echo(json.dumps(about))
@@ -711,7 +525,7 @@ def _together(context: _Context, processes: int, shard: str | None) -> None:
         [*words, "--shard", f"{(number - 1) * processes + own}/{parts * processes}"] for own in range(1, processes + 1)
     ]
     with Progress() as progress:
-        together(each, tell=_say, progress=progress.task("generate"))
+        together(each, tell=say, progress=progress.task("generate"))
     _stage("generate", context, part=shard)
 
 
@@ -749,7 +563,7 @@ def _stage(name: str, context: _Context, *, part: str | None = None, **inputs: P
             profile, space, stages=[name], progress=progress.task, given=found, on_done=_announce, track=track
         )
     artifact = made[name]
-    _result(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
+    result(json.dumps(describe(artifact)) if context.as_json else shown(artifact.path))
     return artifact
 
 
@@ -788,77 +602,33 @@ def _change_index(context: _Context, from_: Path | None, add: Path | None, remov
             progress=progress.task("index"),
         )
     _announce(artifact, False)
-    typer.echo(json.dumps(_describe(artifact)) if context.as_json else _shown(artifact.path))
-
-
-def _describe(artifact: Artifact) -> dict[str, Any]:
-    return {
-        "stage": artifact.stage,
-        "path": str(artifact.path),
-        "digest": artifact.digest,
-        "content": artifact.content,
-        "summary": dict(artifact.summary),
-    }
+    typer.echo(json.dumps(describe(artifact)) if context.as_json else shown(artifact.path))
 
 
 def _announce(artifact: Artifact, reused: bool) -> None:
     seconds = artifact.manifest["seconds"]
     how = "complete already, reused" if reused else f"done in {seconds:.1f} s"
-    _say(f"{artifact.stage}: {how}: {_shown(artifact.path)}")
+    say(f"{artifact.stage}: {how}: {shown(artifact.path)}")
     for key in ("verdict", "note"):
         if artifact.summary.get(key):
-            _say(f"  {artifact.summary[key]}")
+            say(f"  {artifact.summary[key]}")
     if artifact.stage == "generate" and "report.html" in artifact.files:
-        _say(f"  report: {_shown(artifact.path / 'report.html')}")
+        say(f"  report: {shown(artifact.path / 'report.html')}")
     if artifact.stage == "index":
         from gmail_cli.stages import index as stage
 
         for name, lines in stage.candidates(artifact).items():
-            _say(f"candidates for {name}:\n{lines}")
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-def _say(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
-        typer.echo(message, err=True)
-
-
-def _result(text: str) -> None:
-    """The one line of standard output."""
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(text)
+            say(f"candidates for {name}:\n{lines}")
 
 
 def _toml_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _workspaces(root: Path, run: str | None) -> Iterator[Workspace]:
-    from gmail_cli.artifacts import Workspace
-
-    if run is not None:
-        if not (root / run).is_dir():
-            there = ", ".join(sorted(path.name for path in root.glob("*") if path.is_dir())) or "none"
-            raise InputError(f"no run {run!r} in {root}", hint=f"Runs there: {there}.")
-        yield Workspace(root, run)
-        return
-    if not root.is_dir():
-        raise InputError(f"no folder {root}", hint="Give the folder of runs with --workspace.")
-    for path in sorted(root.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            yield Workspace(root, path.name)
-
-
 def _fail(error: GmailError) -> NoReturn:
-    _say(f"error: {error.message}")
+    say(f"error: {error.message}")
     if error.hint:
-        _say(f"hint: {error.hint}")
+        say(f"hint: {error.hint}")
     raise SystemExit(error.exit_code)
 
 
@@ -877,7 +647,7 @@ def main() -> None:
         _fail(error)
     except (KeyboardInterrupt, _InterruptedError) as stopped:
         there = f": {stopped}" if str(stopped) else ""
-        _say(f"interrupted{there}; the same command resumes where it stopped")
+        say(f"interrupted{there}; the same command resumes where it stopped")
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

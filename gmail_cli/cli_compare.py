@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from gmail_cli.cli_common import WorkspaceOption, say
 from gmail_cli.errors import SetupError, UsageError
 
 app = typer.Typer(rich_markup_mode=None)
@@ -22,9 +23,6 @@ class TableFormat(str, Enum):
     LATEX = "latex"
 
 
-WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", metavar="FOLDER", help="Where runs are kept.", show_default=True)
-]
 RunsArgument = Annotated[
     list[str],
     typer.Argument(
@@ -76,7 +74,7 @@ def compare(
         except OSError as error:
             hint = "Name a file in a folder that exists and can be written."
             raise SetupError(f"cannot write --plot {plot}: {error.strerror}", hint=hint) from error
-        typer.echo(f"plot: {plot}", err=True)
+        say(f"plot: {plot}")
         typer.echo(json.dumps(curves, allow_nan=False) if as_json else scaling.text(curves))
         return
     found = stage.run(runs, root=workspace, metrics=metric or (), bootstrap=bootstrap)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gmail_cli.cli_common import count, say
 from gmail_cli.errors import InputError, SetupError, UsageError
 
 if TYPE_CHECKING:
@@ -29,14 +30,6 @@ AlignedOption = Annotated[
     Path | None,
     typer.Option("--aligned", metavar="ARTIFACT", help="Align artifact with f_g; default: the one of the embeddings."),
 ]
-
-
-def count(value: str | int) -> int:
-    """The number of an option that counts something (as typed, or its default)."""
-    text = str(value)
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is not a whole number of at least 1; leave it out for the default.")
-    return int(text)
 
 
 @app.command()
@@ -77,7 +70,7 @@ def search(
         except OSError as error:
             hint = "Name a file in a folder that exists and can be written."
             raise SetupError(f"cannot write --html {html}: {error.strerror}", hint=hint) from error
-        typer.echo(f"page: {html}", err=True)
+        say(f"page: {html}")
     if as_json:
         typer.echo(json.dumps({"query": found.query, "table": found.table, "hits": found.hits}, ensure_ascii=False))
         return
@@ -101,12 +94,12 @@ def serve(
     title = f"{searcher.artifact.path.parents[1].name}, index {searcher.artifact.digest[:12]}"
     with Server(searcher, title=title, host=host, port=port) as server:
         if not server.is_local:
-            typer.echo(f"warning: everyone who reaches {host} can search and see these images", err=True)
+            say(f"warning: everyone who reaches {host} can search and see these images")
         typer.echo(server.url)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            typer.echo("stopped", err=True)
+            say("stopped")
 
 
 def _open(index: Path, aligned: Path | None) -> Searcher:
