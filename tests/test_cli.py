@@ -386,8 +386,8 @@ def test_tab_completes_in_bash(tmp_path: Path, typed: str, line: str) -> None:
 
 def test_completing_a_profile_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom gmail_cli.cli import _complete_profile\n"
-        "assert _complete_profile('cifake') == ['cifake-clip', 'cifake']\n"
+        "import sys\nfrom gmail_cli.cli_common import complete_profile\n"
+        "assert complete_profile('cifake') == ['cifake-clip', 'cifake']\n"
         "print(sorted({'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
