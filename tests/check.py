@@ -11,7 +11,7 @@ COMMANDS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
-    (sys.executable, "-m", "pytest", "-q", *sys.argv[1:]),
+    (sys.executable, "-m", "pytest", "-q", "--durations=25", *sys.argv[1:]),
 )
 
 
