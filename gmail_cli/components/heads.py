@@ -143,7 +143,7 @@ def load_probe(folder: Path) -> Probe:
     """
     config = _read_config(folder, "probe")
     probe = Probe(config["dim"], config["class_names"], dual=config["dual"])
-    _load_weights(probe, folder)
+    load_weights(probe, folder)
     return probe.eval()
 
 
@@ -240,6 +240,20 @@ class Captioner(Head):
         logits = self.lm(inputs_embeds=inputs, attention_mask=seen.long(), use_cache=False).logits
         predicted = logits[:, self.prefix_length - 1 : -1]
         return functional.cross_entropy(predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
+
+    def write(self, inputs: Float[Tensor, "batch length width"], *, beams: int, max_tokens: int) -> list[str]:
+        """What the language model says after these input embeddings, by greedy (``beams`` 1) or beam search."""
+        end = self.tokenizer.eos_token_id
+        tokens = self.lm.generate(
+            inputs_embeds=inputs,
+            attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
+            max_new_tokens=min(max_tokens, self.context + self.prefix_length - inputs.shape[1]),
+            num_beams=beams,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def config(self) -> dict[str, Any]:
         """What `load_captioner` needs beside the weights."""
@@ -350,7 +364,7 @@ def load_captioner(folder: Path) -> Captioner:
         dual=config["dual"],
     )
     captioner.scale = config.get("scale", captioner.scale)
-    _load_weights(captioner, folder)
+    load_weights(captioner, folder)
     return captioner.eval()
 
 
@@ -380,16 +394,7 @@ def generate_captions(
         if captioner.memory is not None:
             batch = remembered(batch, captioner.memory)
         prefix = captioner.prefix(batch, torch.ones(len(batch), dtype=torch.bool, device=batch.device))
-        tokens = captioner.lm.generate(
-            inputs_embeds=prefix,
-            attention_mask=torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device),
-            max_new_tokens=min(max_tokens, captioner.context),
-            num_beams=beams,
-            do_sample=False,
-            eos_token_id=captioner.tokenizer.eos_token_id,
-            pad_token_id=captioner.tokenizer.eos_token_id,
-        )
-        texts += [text.strip() for text in captioner.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        texts += captioner.write(prefix, beams=beams, max_tokens=max_tokens)
         if progress:
             progress(len(texts), len(features))
     return texts
@@ -421,7 +426,12 @@ def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     return config
 
 
-def _load_weights(head: Probe | Captioner, folder: Path) -> None:
+def load_weights(head: Probe | Captioner, folder: Path) -> None:
+    """Read what `save_head` wrote into a head of the same shape.
+
+    Raises:
+        InputError: The file is missing, damaged, or another head's.
+    """
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
         if isinstance(head, Captioner):

@@ -17,15 +17,25 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Int64
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from gmail_cli.components.arms import Arm
-from gmail_cli.components.heads import CONFIG_FILE, IGNORED, WEIGHTS_FILE, Captioner, load_lm
+from gmail_cli.components.heads import (
+    CONFIG_FILE,
+    IGNORED,
+    LM_FOLDER,
+    WEIGHTS_FILE,
+    Captioner,
+    load_lm,
+    load_weights,
+    save_head,
+)
 from gmail_cli.components.loop import Job
 from gmail_cli.components.pairs import Pairs
 from gmail_cli.components.sitta import content_words
+from gmail_cli.components.tasks import first_of_each
 from gmail_cli.errors import InputError
 
 CAPTIONS_FILE = "captions.json"
@@ -144,8 +154,7 @@ def ifcap_job(
         word_drop: Probability that the sentence leaves out a word of the caption.
     """
     device = captioner.vectors.device
-    first = torch.full((int(pairs.text_ids.max()) + 1,), len(pairs))
-    first = first.scatter_reduce(0, pairs.text_ids, torch.arange(len(pairs)), "amin").tolist()
+    first = first_of_each(pairs.text_ids).tolist()
     table = captioner.tokenize([pairs.texts[row] for row in first], limit=caption_tokens)
     words = [content_words(pairs.texts[row]) for row in first]
 
@@ -203,7 +212,7 @@ def write_captions(
         batch_size: Images at once.
         progress: Called with (done, images).
     """
-    texts, done, end = [""] * len(features), 0, captioner.tokenizer.eos_token_id
+    texts, done = [""] * len(features), 0
     sentences = [row[: captioner.context - 1] for row in captioner.sentences(captioner.shared_words(features))]
     lengths = torch.tensor([len(row) for row in sentences])
     for length in lengths.unique().tolist():
@@ -212,18 +221,9 @@ def write_captions(
             prefix = captioner.prefix(batch, torch.ones(len(batch), dtype=torch.bool, device=batch.device))
             told = torch.tensor([sentences[row] for row in rows.tolist()], device=batch.device)
             inputs = torch.cat([prefix, captioner.lm.get_input_embeddings()(told).to(prefix.dtype)], dim=1)
-            tokens = captioner.lm.generate(
-                inputs_embeds=inputs,
-                attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
-                max_new_tokens=min(max_tokens, captioner.context - length),
-                num_beams=beams,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-            written = captioner.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            written = captioner.write(inputs, beams=beams, max_tokens=max_tokens)
             for row, text in zip(rows.tolist(), written, strict=True):
-                texts[row] = text.strip()
+                texts[row] = text
             done += len(rows)
             if progress:
                 progress(done, len(features))
@@ -232,13 +232,8 @@ def write_captions(
 
 def save_retrieval_captioner(captioner: RetrievalCaptioner, folder: Path) -> None:
     """Write it into an existing folder: config, weights, the captions of the memory, a tuned language model."""
-    (folder / CONFIG_FILE).write_text(json.dumps(captioner.config(), indent=1, sort_keys=True), encoding="utf-8")
+    save_head(captioner, folder)
     (folder / CAPTIONS_FILE).write_text(json.dumps(captioner.captions, ensure_ascii=False), encoding="utf-8")
-    tensors = {name: t.detach().cpu() for name, t in captioner.state_dict().items() if not name.startswith("lm.")}
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
-    if captioner.tune_lm:
-        captioner.lm.save_pretrained(folder / "lm")
-        captioner.tokenizer.save_pretrained(folder / "lm")
 
 
 def load_retrieval_captioner(folder: Path) -> RetrievalCaptioner:
@@ -257,7 +252,7 @@ def load_retrieval_captioner(folder: Path) -> RetrievalCaptioner:
         vectors = tensors["vectors"]
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise InputError(f"{folder} holds no IFCap captioner: {error}", hint="Give a cell of task ifcap.") from error
-    own, revision = folder / "lm" if config["tune_lm"] else config["lm"], config["lm_revision"]
+    own, revision = folder / LM_FOLDER if config["tune_lm"] else config["lm"], config["lm_revision"]
     lm, tokenizer = load_lm(own, revision="" if config["tune_lm"] else revision)
     captioner = RetrievalCaptioner(
         config["dim"],
@@ -274,11 +269,5 @@ def load_retrieval_captioner(folder: Path) -> RetrievalCaptioner:
         tune_lm=config["tune_lm"],
     )
     captioner.scale = config.get("scale", captioner.scale)
-    try:
-        missing = captioner.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"{folder / WEIGHTS_FILE} does not fit: {error}", hint="Train the cell again.") from error
-    absent = [name for name in missing.missing_keys if not name.startswith("lm.")]
-    if absent or missing.unexpected_keys:
-        raise InputError(f"{folder / WEIGHTS_FILE} does not fit at {[*absent, *missing.unexpected_keys][0]}")
+    load_weights(captioner, folder)
     return captioner.eval()

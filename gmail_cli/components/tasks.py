@@ -76,7 +76,7 @@ class _Texts:
     """Texts tokenised once, each different text once."""
 
     def __init__(self, clip: Clip, pairs: Pairs) -> None:
-        first = _first_of_each(pairs.text_ids)
+        first = first_of_each(pairs.text_ids)
         self.ids = clip.tokenize([pairs.texts[row] for row in first.tolist()]).ids.to(torch.int32)
         self.of_caption = pairs.text_ids
 
@@ -89,7 +89,7 @@ class _Texts:
         return functional.embedding(where.to(device), parallel.gather(features, rows=len(different)))
 
 
-def _first_of_each(ids: Int[Tensor, " captions"]) -> Int[Tensor, " different"]:
+def first_of_each(ids: Int[Tensor, " captions"]) -> Int[Tensor, " different"]:
     """Row of the first caption with each text; ids are numbered in that order."""
     first = torch.full((int(ids.max()) + 1,), len(ids))
     return first.scatter_reduce(0, ids, torch.arange(len(ids)), "amin")
@@ -268,7 +268,7 @@ def clipcap_job(captioner: Captioner, pairs: Pairs, arm: Arm, *, meeting: Meetin
     """
     finish = prepare_projection(captioner, arm, meeting)
     device = captioner.mapping.state_dict()[next(iter(captioner.mapping.state_dict()))].device
-    first = _first_of_each(pairs.text_ids)
+    first = first_of_each(pairs.text_ids)
     table = captioner.tokenize([pairs.texts[row] for row in first.tolist()], limit=caption_tokens)
 
     def loss(rows: Tensor, step: int) -> Tensor:
@@ -347,7 +347,7 @@ def zero_shot_probe(clip: Clip, pairs: Pairs) -> Probe:
     A class that no caption belongs to is never the answer.
     """
     probe = Probe(clip.dim, pairs.class_names).to(clip.device)
-    first = _first_of_each(pairs.text_ids)
+    first = first_of_each(pairs.text_ids)
     embedded = torch.cat([clip.encode_texts([pairs.texts[row] for row in rows.tolist()]) for rows in first.split(256)])
     labels = pairs.labels[first].to(clip.device)
     for row in range(len(pairs.class_names)):
