@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
-from gmail_cli.components import captions, encoders, tuning
+from gmail_cli.components import captions, embedding, encoders, tuning
 from gmail_cli.components.arms import Arm, View
 from gmail_cli.components.heads import Captioner, load_lm
 from gmail_cli.components.images import GeneratedSet
@@ -198,7 +198,7 @@ def clipcap(options: argparse.Namespace, clip_ref: str, root: Path) -> dict[str,
 
     def encode(images: Tensor) -> Tensor:
         rows = images.tolist()
-        return torch.from_numpy(encoders.embed_images(clip, lambda row: scenes.image_bytes(rows[row]), len(rows)))
+        return torch.from_numpy(embedding.embed_images(clip, lambda row: scenes.image_bytes(rows[row]), len(rows)))
 
     object.__setattr__(arm, "encode", encode)
     job = clipcap_job(captioner, pairs, arm, meeting=None, caption_tokens=given.train.caption_tokens)

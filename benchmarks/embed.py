@@ -111,10 +111,12 @@ def image_side(clip: encoders.Clip, options: argparse.Namespace, folder: Path) -
         batch_size=options.batch_size,
         workers=options.workers,
     )
-    ready = [normalised(torch.from_numpy(each).to(clip.device), preprocess=clip.preprocess) for each in read]
+    ready = [
+        normalised(torch.from_numpy(each).to(clip.device), preprocess=clip.preprocess).to(clip.dtype) for each in read
+    ]
 
     def bare() -> None:
-        with torch.inference_mode(), clip.autocast():
+        with torch.inference_mode():
             for pixels in ready:
                 clip.model.encode_image(pixels)
 
@@ -130,7 +132,7 @@ def text_side(clip: encoders.Clip, options: argparse.Namespace, folder: Path) ->
     padded = clip.tokenizer(texts[: len(texts) // 4])  # slow: a quarter of them is enough
 
     def bare() -> None:
-        with torch.inference_mode(), clip.autocast():
+        with torch.inference_mode():
             for ids in padded.split(options.batch_size):
                 clip.model.encode_text(ids.to(clip.device))
 
@@ -181,7 +183,9 @@ def main() -> None:
     if options.rows:
         peak(options)
         return
-    clip = encoders.load_clip(options.model, device="cuda" if ON_GPU else "cpu", precision=options.precision)
+    clip = encoders.rounded(
+        encoders.load_clip(options.model, device="cuda" if ON_GPU else "cpu", precision=options.precision)
+    )
     print(f"{options.model}, {options.precision}, {clip.device}, torch {torch.__version__}, {options.threads} threads")
     with tempfile.TemporaryDirectory() as root:
         for name, side in (("images", image_side), ("texts", text_side)):

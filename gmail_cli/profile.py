@@ -111,7 +111,9 @@ class Data(Section):
     """Name and version of the evaluation protocol; written into every result row. A known name (`coco-karpathy-5k`,
     `coco-karpathy-1k-folds`, `coco-val2017-5k`, `flickr30k-1k`, `flickr30k-31k`, `flickr8k-1k`, `sharegpt4v-1k`,
     `urban-1k`, `dci`, `docci-5k`, `iiw-612`) holds the test set to its rule: the number of images, the captions used,
-    the folds. Any other label, such as `scenes-1k/1`, is only recorded."""
+    the folds; or of zero-shot classification (`imagenet-1k`, `dtd`, `stanford-cars`, `sun397`, `sun397-partition-1`,
+    `food-101`, `fgvc-aircraft`, `oxford-pets`, `caltech-101`) the number of images and classes, and which accuracy
+    models are compared on. Any other label, such as `scenes-1k/1`, is only recorded."""
 
 
 class Model(Section):
@@ -343,7 +345,7 @@ class Align(Section):
     validation: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
     """Share of the images, with all that belongs to them, kept out of training to judge alignment by; 0 for none."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the towers; weights stay fp32. bf16 needs a GPU."""
+    """Arithmetic of the towers; weights stay fp32. bf16 needs a GPU, or a CPU with AVX-512."""
 
 
 class Train(Section):
@@ -384,7 +386,7 @@ class Train(Section):
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Decay of the average of the parameters that is kept in the end; 0 keeps the last parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes under autocast (GPU only); weights stay fp32."""
+    """`bf16` computes under autocast, on a GPU or a CPU with AVX-512; weights stay fp32."""
     mix_ratio: Fraction = 0.5
     """Arm `mixed`: probability that a caption is seen with its real image."""
     dual_projection: Literal["off", "on", "both"] = "off"
@@ -511,7 +513,8 @@ class Embed(Section):
     dtype: Literal["float32", "float16"] = "float32"
     """Number format of stored vectors; they are normalised in float32 first."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the towers. bf16 needs a GPU."""
+    """Arithmetic of the towers. `bf16` also rounds their weights, and needs a GPU or a CPU with AVX-512; vectors are
+    normalised in fp32."""
 
     @field_validator("templates")
     @classmethod

@@ -25,7 +25,7 @@ from gmail_cli import plan
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components import captions as reader
-from gmail_cli.components import encoders, tuning
+from gmail_cli.components import embedding, encoders, tuning
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile
@@ -152,7 +152,7 @@ def test_a_sweep_embeds_through_f_r_once(clip_folder: Path, generated: Artifact,
     clip = encoders.load_clip(clip_folder)
     images = GeneratedSet.load(generated.path)
     stored = np.load(workspace.find(step.features[1][0].key).file("vectors.npy"))  # type: ignore[union-attr]
-    np.testing.assert_array_equal(stored, encoders.embed_images(clip, images.image_bytes, len(images)))
+    np.testing.assert_array_equal(stored, embedding.embed_images(clip, images.image_bytes, len(images)))
 
 
 _CHILD = """
@@ -372,6 +372,9 @@ def test_settings_without_effect_do_not_change_the_digest(clip_folder: Path, gen
     assert digest(precision="bf16") != digest()
 
 
-def test_bf16_on_a_cpu_is_refused(clip_folder: Path, workspace: Workspace, generated: Artifact):
-    with pytest.raises(UsageError, match="bf16"):
+def test_bf16_is_refused_where_it_is_slow(
+    clip_folder: Path, workspace: Workspace, generated: Artifact, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(UsageError, match=r"align\.precision = 'bf16'"):
         align.run(_profile(clip_folder, precision="bf16"), workspace, generated=generated)

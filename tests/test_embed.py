@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_clips import VIT
 
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, disk
 from gmail_cli.components import captions as reader
-from gmail_cli.components import encoders, tables
+from gmail_cli.components import embedding, encoders, tables
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
@@ -163,7 +164,7 @@ def test_each_table_comes_from_its_own_encoder(whole: Artifact, clips: dict[str,
 
     def images(data: reader.Dataset, model: str, ids: list[str]) -> np.ndarray:
         place = {image.id: row for row, image in enumerate(data.images)}
-        return encoders.embed_images(models[model], lambda row: data.image_bytes(place[ids[row]]), len(ids))
+        return embedding.embed_images(models[model], lambda row: data.image_bytes(place[ids[row]]), len(ids))
 
     def check(name: str, expected: np.ndarray) -> None:
         np.testing.assert_allclose(found[name].vectors, expected, atol=1e-6, err_msg=name)
@@ -173,8 +174,8 @@ def test_each_table_comes_from_its_own_encoder(whole: Artifact, clips: dict[str,
     check("test-images", images(test, "f_r", ids))
     check("test-images@clip.real.seed0", images(test, "cell", ids))
     texts = [row["text"] for row in found["test-texts"].rows]
-    check("test-texts", encoders.embed_texts(models["f_r"], texts)[0])
-    check("test-texts@clip-text.real.seed0", encoders.embed_texts(models["cell"], texts)[0])
+    check("test-texts", embedding.embed_texts(models["f_r"], texts)[0])
+    check("test-texts@clip-text.real.seed0", embedding.embed_texts(models["cell"], texts)[0])
     prompts = found["test-classes"].rows
     assert prompts[0]["text"] == f"a photo of a {prompts[0]['label']}."
     assert [row["label"] for row in prompts] == list(test.class_names)
@@ -412,7 +413,7 @@ def test_labelled_training_images_go_through_the_encoders_of_the_test_images(
         table, images = found[name], found[name.replace("train", "test")]
         assert table.rows == [{"id": scenes.images[row].id, "label": scenes.images[row].label} for row in rows]
         assert table.header.encoder_digest == images.header.encoder_digest
-        expected = encoders.embed_images(
+        expected = embedding.embed_images(
             encoders.load_clip(clips[model]), lambda place: scenes.image_bytes(rows[place]), len(rows)
         )
         np.testing.assert_allclose(table.vectors, expected, atol=1e-6)
@@ -452,12 +453,12 @@ def test_generated_images_go_through_f_g(
     assert found["test-images"].ids == [row.key for row in images.rows]
     assert [row["owner"] for row in found["test-texts"].rows] == [row.key for row in images.rows]
     assert found["test-images"].header.flow == "generated"
-    f_g = encoders.embed_images(encoders.load_clip(clips["f_g"]), images.image_bytes, len(images))
+    f_g = embedding.embed_images(encoders.load_clip(clips["f_g"]), images.image_bytes, len(images))
     np.testing.assert_allclose(found["test-images"].vectors, f_g, atol=1e-6)
     through_f_r = given.model_copy(update={"embed": _profile(clips).embed})
     naive = _tables(embed.run(through_f_r, workspace))["test-images"]
     assert naive.header.flow == "real"
-    f_r = encoders.embed_images(encoders.load_clip(clips["f_r"]), images.image_bytes, len(images))
+    f_r = embedding.embed_images(encoders.load_clip(clips["f_r"]), images.image_bytes, len(images))
     np.testing.assert_allclose(naive.vectors, f_r, atol=1e-6)
 
 
@@ -485,9 +486,21 @@ def test_templates_must_name_the_class(clips: dict[str, Path]):
         _profile(clips, templates=["a photo"])
 
 
-def test_bf16_on_a_cpu_is_refused(clips: dict[str, Path], workspace: Workspace):
-    with pytest.raises(UsageError, match="bf16"):
+def test_bf16_computes_in_rounded_weights_and_is_refused_where_it_is_slow(
+    clips: dict[str, Path], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    mkldnn = torch.ops.mkldnn
+    monkeypatch.setattr(mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(UsageError, match=r"embed\.precision = 'bf16'"):
         embed.run(_profile(clips, precision="bf16"), workspace)
+    monkeypatch.setattr(mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    exact, rounded = (_tables(embed.run(_profile(clips, precision=each), workspace)) for each in ("fp32", "bf16"))
+    for name, table in rounded.items():
+        assert table.vectors.dtype == np.float32
+        cosine = (table.vectors * exact[name].vectors).sum(axis=1)
+        assert 0.99 < cosine.min() < cosine.max()
+        assert np.abs(np.linalg.norm(table.vectors, axis=1) - 1).max() < 1e-6, "normalised in fp32"
+        assert not np.array_equal(table.vectors, exact[name].vectors)
 
 
 def test_a_table_that_is_there_is_copied(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from small_clips import TEXTS, VIT
+from small_clips import RESNET, TEXTS, VIT
 
-from gmail_cli.components import encoders
+from gmail_cli.components import embedding, encoders, rotary
 from gmail_cli.components.encoders import Clip
-from gmail_cli.errors import InputError, UsageError
+from gmail_cli.errors import InputError, SetupError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +106,48 @@ def test_damaged_folders_are_named(vit: Clip, tmp_path: Path):
         encoders.load_clip(tmp_path)
 
 
-def test_bf16_on_a_cpu_is_refused():
-    with pytest.raises(UsageError, match="bf16"):
-        encoders.build_clip(VIT, precision="bf16")
+def test_a_tokenizer_of_transformers_is_the_one_that_is_named(tmp_path: Path):
+    from open_clip.tokenizer import HFTokenizer
+
+    shutil.copytree(encoders.SHIPPED["tiny"], tmp_path / "own", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = copy.deepcopy(VIT)
+    options = {"hf_tokenizer_name": str(tmp_path / "own"), "tokenizer_kwargs": {"clean": "canonicalize"}}
+    config["model_cfg"]["text_cfg"].update(options)
+    expected = HFTokenizer(str(tmp_path / "own"), 32, clean="canonicalize")(["A red, ball!"])
+    assert torch.equal(encoders.build_clip(config).tokenize(["A red, ball!"]).ids, expected)
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "nobody/no-tokenizer"
+    with pytest.raises(SetupError, match="nobody/no-tokenizer"):
+        encoders.build_clip(config)
+
+
+def test_bf16_is_refused_where_it_is_slow(monkeypatch: pytest.MonkeyPatch):
+    fast = torch.ops.mkldnn
+    for supported in (True, False):
+        monkeypatch.setattr(fast, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        encoders.require_precision("embed.precision", "fp32", device=torch.device("cpu"))
+        encoders.require_precision("embed.precision", "bf16", device=torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"embed\.precision = 'bf16'"):
+        encoders.require_precision("embed.precision", "bf16", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "custom", "rotary", "timm"])
+def test_rounded_towers_give_nearly_the_same_unit_vectors(kind: str, pixels: torch.Tensor):
+    config = copy.deepcopy(RESNET if kind == "resnet" else VIT)
+    if kind == "custom":
+        config["model_cfg"]["custom_text"] = True
+    if kind == "rotary":
+        config["model_cfg"]["text_cfg"][rotary.KEY] = 10000.0
+    if kind == "timm":
+        config["model_cfg"]["vision_cfg"] = {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 32}
+    exact, clip = (encoders.build_clip(config, precision=each) for each in ("fp32", "bf16"))
+    assert encoders.rounded(exact).dtype == torch.float32
+    assert encoders.rounded(clip).dtype == torch.bfloat16
+    for encode, given in (("encode_images", pixels), ("encode_texts", TEXTS)):
+        ours, theirs = getattr(clip, encode)(given), getattr(exact, encode)(given)
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() > 0
+        torch.testing.assert_close(torch.linalg.vector_norm(ours, dim=1), torch.ones(len(ours)))
+        assert (ours * theirs).sum(dim=1).min() > 0.995
 
 
 # -- embedding ---------------------------------------------------------------------------------------------------
@@ -123,7 +163,7 @@ def test_trimmed_texts_equal_padded_ones(custom: bool):
         padded = clip.model.encode_text(tokens.ids, normalize=True)
     for row, text in enumerate(TEXTS):
         torch.testing.assert_close(clip.encode_texts([text])[0], padded[row], atol=1e-6, rtol=0)
-    vectors, truncated = encoders.embed_texts(clip, TEXTS, batch_size=2)
+    vectors, truncated = embedding.embed_texts(clip, TEXTS, batch_size=2)
     np.testing.assert_allclose(vectors, padded.numpy(), atol=1e-6)
     assert truncated.tolist() == tokens.truncated.tolist()
     assert tokens.truncated.tolist() == [False, False, False, True, False]  # row 2 fills all 32 positions exactly
@@ -134,7 +174,7 @@ def test_text_trimming_does_less_work(vit: Clip):
     lengths: list[int] = []
     handle = vit.model.ln_final.register_forward_hook(lambda _module, inputs, _out: lengths.append(inputs[0].shape[1]))
     try:
-        encoders.embed_texts(vit, ["a cat", "x " * 80, "a dog"], batch_size=2)
+        embedding.embed_texts(vit, ["a cat", "x " * 80, "a dog"], batch_size=2)
     finally:
         handle.remove()
     assert lengths == [4, 32]
@@ -176,10 +216,10 @@ def test_images_embed_in_order_as_unit_rows(vit: Clip):
         return stream.getvalue()
 
     seen: list[tuple[int, int]] = []
-    vectors = encoders.embed_images(vit, image_bytes, 7, batch_size=3, progress=lambda *at: seen.append(at))
+    vectors = embedding.embed_images(vit, image_bytes, 7, batch_size=3, progress=lambda *at: seen.append(at))
     assert vectors.shape == (7, 16)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    single = encoders.embed_images(vit, lambda _row: image_bytes(5), 1)
+    single = embedding.embed_images(vit, lambda _row: image_bytes(5), 1)
     np.testing.assert_allclose(vectors[5], single[0], atol=1e-6)
     assert seen == [(3, 7), (6, 7), (7, 7)]

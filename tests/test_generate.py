@@ -683,7 +683,7 @@ def scored_profile(pipeline_folder: Path, **changed: Any) -> Profile:
 
 
 def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact], pipeline_folder: Path) -> None:
-    from gmail_cli.components import captions, encoders
+    from gmail_cli.components import captions, embedding, encoders
 
     workspace, artifact = scored
     assert artifact.verify() == []
@@ -694,10 +694,10 @@ def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact
     assert generate.plan_key(scored_profile(pipeline_folder)).digest == artifact.digest
     clip = encoders.load_clip("tiny")
     contents = [artifact.file(row["path"]).read_bytes() for row in rows]
-    images = encoders.embed_images(clip, contents.__getitem__, len(rows))
-    texts, _ = encoders.embed_texts(clip, [row["caption"] for row in rows])
+    images = embedding.embed_images(clip, contents.__getitem__, len(rows))
+    texts, _ = embedding.embed_texts(clip, [row["caption"] for row in rows])
     real = captions.read("scenes:train", limit=2)
-    partners = encoders.embed_images(clip, real.image_bytes, 2)
+    partners = embedding.embed_images(clip, real.image_bytes, 2)
     owners = [image.id for image in real.images]
     for at, row in enumerate(rows):
         twins = [images[at] @ images[other] for other in range(at // 3 * 3, at // 3 * 3 + 3) if other != at]

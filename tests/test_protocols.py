@@ -10,6 +10,7 @@ import pytest
 
 from gmail_cli.components import captions, protocols
 from gmail_cli.components.captions import Caption, Dataset, Image
+from gmail_cli.components.scores import headlines
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import build
 from gmail_cli.stages import score, sources
@@ -49,6 +50,39 @@ def test_other_data_do_not_bear_the_name(counts: list[int], kind: captions.Kind,
         InputError, match=f"protocol small/1 is of 3 images with at least 2 short captions each; .*{found}"
     ):
         SMALL.apply(dataset(counts, kind=kind))
+
+
+PETS = protocols.ClassProtocol(
+    name="pets", images=4, classes=2, about="four", metric="mean_per_class_accuracy", version=3
+)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (["cat", "dog", "dog"], "has 3 images, 3 of them labelled, and 2 classes"),
+        (["cat", "dog", "dog", None], "has 4 images, 3 of them labelled, and 2 classes"),
+        (["cat", "dog", "dog", "bird"], "has 4 images, 4 of them labelled, and 3 classes"),
+    ],
+)
+def test_other_labelled_sets_do_not_bear_the_name(labels: list[str | None], found: str) -> None:
+    def labelled(labels: list[str | None]) -> Dataset:
+        images = tuple(Image(f"i{row}", label=label) for row, label in enumerate(labels))
+        return Dataset("set", images, (), (), (None,) * len(labels))
+
+    whole = labelled(["cat", "dog", "dog", "dog"])
+    assert PETS.apply(whole) is whole
+    with pytest.raises(InputError, match=f"pets/3 is of 4 labelled images of 2 classes; set {found}"):
+        PETS.apply(labelled(labels))
+
+
+def test_models_are_compared_on_the_accuracy_that_the_field_quotes() -> None:
+    assert "zero_shot_top_1_accuracy" in headlines("imagenet-1k/1")
+    assert "probe_top_1_accuracy" in headlines("FOLDER/unversioned")
+    pets = headlines("oxford-pets/1")
+    assert {"zero_shot_mean_per_class_accuracy", "probe_mean_per_class_accuracy"} < {*pets}
+    assert not any("top_1" in metric for metric in pets)
+    assert len(pets) == len(headlines("imagenet-1k/1"))
 
 
 def test_labels_are_found_with_or_without_their_version() -> None:
@@ -123,9 +157,11 @@ def test_scores_by_protocol(tmp_path: Path) -> None:
     np.save(tmp_path / "owners.npy", owners[first])
     np.save(tmp_path / "texts.npy", np.load(given["texts"])[first])
     assert score.retrieval(**given).metrics == found.metrics
-    with pytest.raises(UsageError, match="there is no protocol 'flickr30k'") as caught:
+    with pytest.raises(UsageError, match="there is no retrieval protocol 'flickr30k'") as caught:
         score.retrieval(**given, protocol="flickr30k")
     assert "flickr30k-1k" in caught.value.hint
+    with pytest.raises(UsageError, match="there is no retrieval protocol 'oxford-pets'"):
+        score.retrieval(**given, protocol="oxford-pets")
     with pytest.raises(InputError, match=r"coco-karpathy-5k/1 is of 5,000 images .*owners\.npy has 1,000 images"):
         score.retrieval(**given, protocol="coco-karpathy-5k")
 
@@ -155,5 +191,9 @@ def test_scores_with_extra_right_answers(tmp_path: Path) -> None:
 def test_the_guide_lists_every_protocol_as_it_is() -> None:
     guide = (Path(__file__).parents[1] / "docs/guides/evaluate.md").read_text(encoding="utf-8")
     for each in protocols.REGISTRY.values():
-        assert f"| `{each.name}` | {each.images:,} | {each.captions} {each.kind} | {each.about} |" in guide
+        if isinstance(each, protocols.Protocol):
+            rule = f"{each.captions} {each.kind}"
+        else:
+            rule = f"{each.classes:,} | {each.metric.replace('_', ' ').replace('top 1', 'top-1')}"
+        assert f"| `{each.name}` | {each.images:,} | {rule} | {each.about} |" in guide
         assert f"`{each.name}`" in (Path(__file__).parents[1] / "docs/reference/profile.md").read_text(encoding="utf-8")

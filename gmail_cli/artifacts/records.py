@@ -24,7 +24,7 @@ VERSIONS: Mapping[str, int] = {
     "generate": 2,
     "align": 4,
     "train": 3,
-    "embed": 3,
+    "embed": 4,
     "index": 2,
     "eval": 4,
 }

@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gmail_cli.components.captions import Dataset, Kind
-from gmail_cli.components.encoders import Clip, embed_images, embed_texts, patch_tokens
+from gmail_cli.components.embedding import embed_images, embed_texts, patch_tokens
+from gmail_cli.components.encoders import Clip
 from gmail_cli.components.images import GeneratedSet, Preprocess, batches
 from gmail_cli.components.pairs import Candidates, Pairs, pair
 from gmail_cli.errors import InputError

@@ -15,7 +15,7 @@ from typing import Any
 from gmail_cli.components.latex import escape as latex_text
 from gmail_cli.components.latex import tabular
 from gmail_cli.components.metrics.intervals import USUAL, Bootstrap, holm, seed_summary
-from gmail_cli.components.scores import HEADLINES, Cell, over_seeds
+from gmail_cli.components.scores import Cell, headlines, over_seeds
 from gmail_cli.components.scores import difference as difference_of
 from gmail_cli.errors import InputError, UsageError
 
@@ -149,7 +149,7 @@ def wanted_metrics(metrics: Sequence[str], evaluations: Sequence[Evaluation]) ->
     """
     known = _known(evaluations)
     if not metrics:
-        return [name for name in HEADLINES if name in known]
+        return [name for name in headlines(evaluations[0].protocol) if name in known]
     if "all" in metrics:
         return known
     for name in metrics:

@@ -1,7 +1,8 @@
-"""CLIP encoders: loading and saving models, and embedding images and texts with them.
+"""CLIP encoders: loading and saving models, and what a batch of images or texts becomes in them.
 
 A :class:`Clip` is an open_clip model, or one in transformers format (``transformers_models.py``), with its tokenizer,
-its preprocessing and a digest of its content. ``components/tuning.py`` tunes a copy of its image tower.
+its preprocessing and a digest of its content. ``embedding.py`` embeds whole sets with it, ``tuning.py`` tunes a copy of
+its image tower.
 """
 
 from __future__ import annotations
@@ -14,24 +15,22 @@ import functools
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from gmail_cli.components import hub, rotary, transformers_models
-from gmail_cli.components.images import Preprocess, batches
+from gmail_cli.components.images import Preprocess
 from gmail_cli.components.pixels import normalised
 from gmail_cli.errors import InputError, SetupError, UsageError
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
-Progress: TypeAlias = Callable[[int, int], None]
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -70,7 +69,7 @@ class Clip:
         name: How the model was asked for.
         digest: SHA-256 over config and weights; :func:`model_digest` gives the same without loading.
         device: Where it computes.
-        precision: ``bf16`` computes under autocast; weights and embeddings stay fp32.
+        precision: ``bf16`` computes under autocast, or in bf16 weights (:func:`rounded`); embeddings are fp32.
     """
 
     model: Any
@@ -91,6 +90,11 @@ class Clip:
     def context_length(self) -> int:
         """Most tokens the text tower reads, start and end included."""
         return int(self.model.context_length)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(iter(self.model.parameters())).dtype
 
     @property
     def tokenizer_digest(self) -> str:
@@ -135,7 +139,7 @@ class Clip:
     def encode_images(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         """Unit fp32 embeddings of preprocessed images."""
         with self.autocast():
-            features = self.model.encode_image(pixels.to(self.device))
+            features = self.model.encode_image(pixels.to(self.device, self.dtype))
         return nn.functional.normalize(features.float(), dim=-1)
 
     def encode_pixels(self, pixels: UInt8[np.ndarray, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
@@ -187,10 +191,39 @@ class Clip:
         return self.encode_tokens(self.tokenize(texts).ids)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context to run the model in: nothing in fp32, bf16 autocast otherwise."""
-        if self.precision == "fp32":
+        """The context to run the model in: bf16 autocast where fp32 weights are to compute in bf16."""
+        if self.precision == "fp32" or self.dtype == torch.bfloat16:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def rounded(clip: Clip) -> Clip:
+    """The model as it embeds in its precision: with ``bf16`` every weight is rounded to bf16.
+
+    For models that are not trained: autocast would round the weights anew in every batch, and leaves normalisation and
+    softmax in fp32, which on a CPU costs what the rest gains.
+
+    Args:
+        clip: Its own model is rounded, not a copy; in fp32 nothing happens.
+    """
+    if clip.precision == "bf16":
+        clip.model.to(torch.bfloat16)
+    return clip
+
+
+def require_precision(key: str, precision: Precision, *, device: torch.device) -> None:
+    """Refuse arithmetic that the device has no instructions for.
+
+    Args:
+        key: The profile's key, for the message.
+        precision: Its value.
+        device: Where it would compute.
+
+    Raises:
+        UsageError: bf16 on a CPU without AVX-512 (or another set that oneDNN computes bf16 with).
+    """
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise UsageError(f"{key} = 'bf16': this CPU has no fast bf16, some 80 times slower than fp32", hint="Use fp32.")
 
 
 def pick_device(choice: str) -> torch.device:
@@ -320,8 +353,7 @@ def load_clip(
         seed: Of random weights; unused otherwise.
 
     Raises:
-        UsageError: Nothing of that name; a tag trained with another activation than the named architecture has;
-            bf16 on a CPU.
+        UsageError: Nothing of that name; a tag trained with another activation than the named architecture has.
         InputError: The folder lacks its config or weights, or they do not fit each other.
         SetupError: The hub cannot be reached and its cache lacks the model.
     """
@@ -377,6 +409,7 @@ def build_clip(
 
     Raises:
         UsageError: open_clip rejects the description.
+        SetupError: It names a tokenizer or a text tower of a hub, which cannot be had.
     """
     import open_clip
 
@@ -390,16 +423,32 @@ def build_clip(
             model = kind(**model_cfg)
         except (TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"open_clip cannot build {name}: {error}", hint="Check model_cfg.") from error
+        except OSError as error:
+            raise _not_from_hub(f"the text tower of {name}", model_cfg["text_cfg"]["hf_model_name"], error) from error
     if base is not None:
         rotary.make_rotary(model, base=base, name=name)
     if tokenizer is None:
-        text = config["model_cfg"]["text_cfg"]
-        options = text.get("tokenizer_kwargs") or {}
-        if text.get("hf_tokenizer_name"):
-            tokenizer = open_clip.HFTokenizer(text["hf_tokenizer_name"], model.context_length, **options)
-        else:
-            tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length, **options)
+        tokenizer = _tokenizer(config["model_cfg"]["text_cfg"], name=name, context_length=model.context_length)
     return _clip(model, tokenizer, config, name=name, digest=None, device=device, precision=precision)
+
+
+def _tokenizer(text_cfg: Mapping[str, Any], *, name: str, context_length: int) -> Any:
+    """The tokenizer that open_clip's description of a text tower asks for."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    source = text_cfg.get("hf_tokenizer_name")
+    if not source:
+        return SimpleTokenizer(context_length=context_length, **options)
+    try:
+        return HFTokenizer(source, context_length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
+    except OSError as error:
+        raise _not_from_hub(f"the tokenizer of {name}", source, error) from error
+
+
+def _not_from_hub(what: str, repository: str, error: OSError) -> SetupError:
+    reason, hint = hub.explain(error, repository, revision="")
+    return SetupError(f"{what} ({repository}) cannot be loaded: {reason}", hint=hint)
 
 
 def save_clip(clip: Clip, folder: Path) -> None:
@@ -521,8 +570,6 @@ def _clip(
     precision: Precision,
 ) -> Clip:
     device = torch.device(device)
-    if precision == "bf16" and device.type == "cpu":
-        raise UsageError("bf16 on a CPU is some 80 times slower than fp32", hint="Use fp32, or a GPU.")
     model = model.eval().requires_grad_(False).to(device)
     given = config.get("preprocess_cfg", {})
     if "transformers" in config:
@@ -624,177 +671,6 @@ def tensors_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
             yield tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
     return _sha256(parts())
-
-
-# -- embedding ---------------------------------------------------------------------------------------------------
-
-
-def embed_images(
-    clip: Clip,
-    image_bytes: Callable[[int], bytes],
-    count: int,
-    *,
-    batch_size: int = 256,
-    workers: int = 2,
-    progress: Progress | None = None,
-) -> Float[np.ndarray, "count dim"]:
-    """Unit fp32 embeddings of ``count`` stored images, in order; see :func:`image_shards`."""
-    parts = image_shards(clip, image_bytes, [range(count)], batch_size=batch_size, workers=workers, progress=progress)
-    return next(parts)
-
-
-def patch_tokens(
-    clip: Clip,
-    image_bytes: Callable[[int], bytes],
-    count: int,
-    *,
-    grid: int = 0,
-    batch_size: int = 64,
-    workers: int = 2,
-) -> Float16[np.ndarray, "count tokens width"]:
-    """Patch tokens of ``count`` stored images, in order, at half precision; see :meth:`Clip.encode_patches`."""
-    read = batches(image_bytes, [range(count)], preprocess=clip.preprocess, batch_size=batch_size, workers=workers)
-    return np.concatenate([clip.encode_patches(pixels, grid=grid).half().cpu().numpy() for pixels in read])
-
-
-def image_shards(
-    clip: Clip,
-    image_bytes: Callable[[int], bytes],
-    shards: Sequence[range],
-    *,
-    batch_size: int = 256,
-    workers: int = 2,
-    progress: Progress | None = None,
-) -> Iterator[Float[np.ndarray, "rows dim"]]:
-    """Unit fp32 embeddings of stored images, one array for each of ``shards``, whatever shards go before it.
-
-    Images are decoded in threads while the model computes; memory is that of a shard's vectors and a few batches of
-    pixels. A GPU is given the next shard before the last one is waited for.
-
-    Args:
-        clip: Which encoder.
-        image_bytes: Encoded bytes (JPEG, PNG, ...) of image ``i``; called from several threads.
-        shards: Numbers of the images of each.
-        batch_size: Images per forward pass.
-        workers: Threads that decode ahead.
-        progress: Called with (done, images in all).
-
-    Raises:
-        InputError: An image cannot be decoded.
-    """
-    read = batches(image_bytes, shards, preprocess=clip.preprocess, batch_size=batch_size, workers=workers)
-    total, done = sum(map(len, shards)), 0
-
-    def encode(shard: range) -> _Download:
-        nonlocal done
-        features: list[Tensor] = []
-        left = len(shard)
-        while left:
-            features.append(clip.encode_pixels(next(read)))
-            left -= len(features[-1])
-            done += len(features[-1])
-            if progress:
-                progress(done, total)
-        return _Download(features, dim=clip.dim)
-
-    with contextlib.closing(read):
-        encoded = (encode(shard) for shard in shards)
-        for download in _one_behind(encoded) if clip.device.type == "cuda" else encoded:
-            yield download.array()
-
-
-def embed_texts(
-    clip: Clip, texts: Sequence[str], *, batch_size: int = 256, progress: Progress | None = None
-) -> tuple[Float[np.ndarray, "count dim"], Bool[np.ndarray, " count"]]:
-    """Unit fp32 embeddings of texts, in order, and which of them were truncated; see :func:`text_shards`."""
-    parts = text_shards(clip, texts.__getitem__, [range(len(texts))], batch_size=batch_size, progress=progress)
-    return next(parts)
-
-
-def text_shards(
-    clip: Clip,
-    text: Callable[[int], str],
-    shards: Sequence[range],
-    *,
-    batch_size: int = 256,
-    progress: Progress | None = None,
-) -> Iterator[tuple[Float[np.ndarray, "rows dim"], Bool[np.ndarray, " rows"]]]:
-    """Unit fp32 embeddings of texts, in order, and which of them were truncated, for each of ``shards``.
-
-    Texts of like length share a batch, so short captions do not pay for the padding of long ones. The next shard is
-    tokenized while the model computes.
-
-    Args:
-        clip: Which encoder.
-        text: Text ``i``.
-        shards: Numbers of the texts of each.
-        batch_size: Texts per forward pass.
-        progress: Called with (done, texts in all).
-    """
-    total, done = sum(map(len, shards)), 0
-
-    def tokenize(shard: range) -> Tokens:
-        if not shard:
-            return Tokens(torch.zeros((0, 1), dtype=torch.long), torch.zeros(0, dtype=torch.bool))
-        return clip.tokenize([text(row) for row in shard])
-
-    def encode(tokens: Tokens) -> tuple[_Download, Bool[np.ndarray, " rows"]]:
-        nonlocal done
-        order = torch.argsort(clip.lengths(tokens.ids), stable=True) if len(tokens.ids) else torch.arange(0)
-        features = []
-        for rows in order.split(batch_size) if len(order) else ():
-            features.append(clip.encode_tokens(tokens.ids[rows]))
-            done += len(rows)
-            if progress:
-                progress(done, total)
-        return _Download(features, dim=clip.dim, order=order.numpy()), tokens.truncated.numpy()
-
-    with ThreadPoolExecutor(1) as pool:
-        tokenized = _one_behind(pool.submit(tokenize, shard) for shard in shards)
-        encoded = (encode(tokens.result()) for tokens in tokenized)
-        for download, truncated in _one_behind(encoded) if clip.device.type == "cuda" else encoded:
-            yield download.array(), truncated
-
-
-class _Download:
-    """Features on their way to the CPU; from a GPU the copy is only asked for, and waited for when it is read."""
-
-    def __init__(
-        self, features: Sequence[Float[Tensor, "batch dim"]], *, dim: int, order: Int[np.ndarray, " rows"] | None = None
-    ) -> None:
-        whole = torch.cat(list(features)) if features else torch.zeros((0, dim))
-        self._order = order
-        self._copied: torch.cuda.Event | None = None
-        self._host = whole
-        if whole.device.type == "cuda":
-            self._host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
-            self._host.copy_(whole, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def array(self) -> Float[np.ndarray, "rows dim"]:
-        """The features, in the order of the rows they belong to."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        values = self._host.cpu().numpy()
-        if self._order is None:
-            return values
-        sorted_back = np.empty_like(values)
-        sorted_back[self._order] = values
-        return sorted_back
-
-
-_Item = TypeVar("_Item")
-
-
-def _one_behind(items: Iterable[_Item]) -> Iterator[_Item]:
-    """The items, each handed out only when the next one has been made."""
-    source = iter(items)
-    for item in source:
-        for following in source:
-            yield item
-            item = following
-        yield item
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:

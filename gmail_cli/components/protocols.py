@@ -1,9 +1,9 @@
-"""Named, versioned retrieval protocols: how many images, which captions, which folds.
+"""Named, versioned protocols: how many images, which captions and folds, or how many classes and which accuracy.
 
 The same CLIP B/16 reads an image-to-text R@1 of 82.2 or 44.1 on Flickr30k depending on the protocol, so a result names
-one, and a name is given only to data that fit it. In all of them a hit is any right answer among the first k, ties
-count at their expectation, and captions stand as they are, without a prompt before them. A changed rule gets a new
-version.
+one, and a name is given only to data that fit it. In retrieval a hit is any right answer among the first k, ties
+count at their expectation, and captions stand as they are, without a prompt before them. In classification a class is
+its prompts' mean of unit vectors, and the name says which accuracy the field quotes. A changed rule gets a new version.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.captions.records import Kind
@@ -87,7 +88,49 @@ class Protocol:
         return kept
 
 
-REGISTRY = {
+@dataclass(frozen=True, kw_only=True)
+class ClassProtocol:
+    """What a protocol of zero-shot classification demands of a test set.
+
+    Attributes:
+        name: As in ``data.protocol``.
+        images: How many images there must be, each with a label.
+        classes: How many different labels.
+        about: The set, and which split.
+        metric: The accuracy that the field quotes: over all images, or the mean of that of each class.
+        version: Of the rule.
+    """
+
+    name: str
+    images: int
+    classes: int
+    about: str
+    metric: Literal["top_1_accuracy", "mean_per_class_accuracy"] = "top_1_accuracy"
+    version: int = 1
+
+    @property
+    def label(self) -> str:
+        """``name/version``, as it stands in every result row."""
+        return f"{self.name}/{self.version}"
+
+    def apply(self, dataset: Dataset) -> Dataset:
+        """The test set, which is the protocol's.
+
+        Raises:
+            InputError: It is not; says what was found.
+        """
+        labels = [image.label for image in dataset.images if image.label is not None]
+        found = (len(dataset.images), len(labels), len(set(labels)))
+        if found != (self.images, self.images, self.classes):
+            raise InputError(
+                f"protocol {self.label} is of {self.images:,} labelled images of {self.classes:,} classes; "
+                f"{dataset.name} has {found[0]:,} images, {found[1]:,} of them labelled, and {found[2]:,} classes",
+                hint="Give the whole set, without a limit, or name no protocol for another set.",
+            )
+        return dataset
+
+
+REGISTRY: dict[str, Protocol | ClassProtocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
@@ -150,11 +193,42 @@ REGISTRY = {
             kind="long",
             about="ImageInWords: IIW-400, and its 112 images of DCI and 100 of DOCCI (LoTLIP).",
         ),
+        ClassProtocol(name="imagenet-1k", images=50_000, classes=1000, about="ImageNet 2012, validation."),
+        ClassProtocol(name="dtd", images=1880, classes=47, about="Describable Textures, first test split."),
+        ClassProtocol(name="stanford-cars", images=8041, classes=196, about="Stanford Cars, test."),
+        ClassProtocol(
+            name="sun397", images=108_754, classes=397, about="SUN397, every image (CLIP_benchmark, DataComp)."
+        ),
+        ClassProtocol(
+            name="sun397-partition-1", images=19_850, classes=397, about="SUN397, first test partition (CLIP)."
+        ),
+        ClassProtocol(name="food-101", images=25_250, classes=101, about="Food-101, test."),
+        ClassProtocol(
+            name="fgvc-aircraft",
+            images=3333,
+            classes=100,
+            metric="mean_per_class_accuracy",
+            about="FGVC-Aircraft, test, variants.",
+        ),
+        ClassProtocol(
+            name="oxford-pets",
+            images=3669,
+            classes=37,
+            metric="mean_per_class_accuracy",
+            about="Oxford-IIIT Pet, test, breeds.",
+        ),
+        ClassProtocol(
+            name="caltech-101",
+            images=6085,
+            classes=102,
+            metric="mean_per_class_accuracy",
+            about="Caltech-101, VTAB's test split, with the background class (CLIP_benchmark, DataComp).",
+        ),
     )
 }
 
 
-def find(label: str) -> Protocol | None:
+def find(label: str) -> Protocol | ClassProtocol | None:
     """The protocol that a label names, with or without its version; None for a label of one's own.
 
     Raises:
@@ -168,3 +242,15 @@ def find(label: str) -> Protocol | None:
         f"protocol {label!r}: the protocol of that name is {protocol.label!r}",
         hint=f"Write {protocol.name!r}, or give a protocol of your own another name.",
     )
+
+
+def folds_of(label: str) -> int:
+    """Blocks of images that retrieval is searched in: 1 but where a protocol says otherwise."""
+    protocol = find(label)
+    return protocol.folds if isinstance(protocol, Protocol) else 1
+
+
+def quoted_accuracy(label: str) -> str:
+    """Which zero-shot accuracy the field quotes of the set that a result's label names: top-1 of unknown ones."""
+    protocol = REGISTRY.get(label.partition("/")[0])
+    return protocol.metric if isinstance(protocol, ClassProtocol) else "top_1_accuracy"

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from gmail_cli.components import search
-from gmail_cli.components.encoders import Clip, embed_images, embed_texts
+from gmail_cli.components.embedding import embed_images, embed_texts
+from gmail_cli.components.encoders import Clip
 from gmail_cli.components.images import decode
 from gmail_cli.components.metrics.clipscore import clip_score
 from gmail_cli.errors import InputError

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 
+from gmail_cli.components import protocols
 from gmail_cli.components.metrics.captioning import bleu, meteor
 from gmail_cli.components.metrics.intervals import (
     USUAL,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "gmail.results/1"
 
-HEADLINES = (
+_HEADLINES = (
     "text_to_image_recall_at_1",
     "image_to_text_recall_at_1",
     "zero_shot_top_1_accuracy",
@@ -48,11 +49,18 @@ HEADLINES = (
     "long_text_to_image_recall_at_1",
     "long_image_to_text_recall_at_1",
 )
-"""Metrics that models are compared on; all are means over queries, and more is better."""
 
 TREATMENT = "generated-aligned"
 BASELINES = ("generated-naive", "real", "none")
 """What GMAIL's arm is compared with."""
+
+
+def headlines(protocol: str) -> tuple[str, ...]:
+    """The metrics that models are compared on, and more is better; of accuracies the one that the field quotes of the
+    protocol's set."""
+    quoted = protocols.quoted_accuracy(protocol)
+    return tuple(metric.replace("top_1_accuracy", quoted) for metric in _HEADLINES)
+
 
 Statistic: TypeAlias = Callable[[Float[np.ndarray, "draws columns"]], Float[np.ndarray, " draws"]]
 
@@ -276,7 +284,7 @@ def results(
 
     Returns:
         ``rows`` (one per cell and metric), ``aggregates`` (over seeds), ``comparisons`` (GMAIL's arm against
-        others on ``HEADLINES``, paired by query, p-values after Holm), ``shares`` (of the distance from naive to real
+        others on `headlines`, paired by query, p-values after Holm), ``shares`` (of the distance from naive to real
         images that alignment closes) and ``metrics`` (full name -> value).
     """
     groups: dict[tuple[str, str, bool], list[Cell]] = {}
@@ -373,7 +381,7 @@ def _tasks(groups: _Groups) -> list[tuple[str, bool]]:
 def _comparisons(groups: _Groups, *, bootstrap: Bootstrap, protocol: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for task, dual in _tasks(groups):
-        for metric in HEADLINES:
+        for metric in headlines(protocol):
             for baseline in BASELINES:
                 matched = _matched(groups, task, dual, (TREATMENT, baseline), metric)
                 if matched is None:
@@ -413,7 +421,7 @@ def _shares(groups: _Groups, *, bootstrap: Bootstrap, protocol: str) -> list[dic
 
     found: list[dict[str, Any]] = []
     for task, dual in _tasks(groups):
-        for metric in HEADLINES:
+        for metric in headlines(protocol):
             arms = (TREATMENT, "generated-naive", "real")
             matched = _matched(groups, task, dual, arms, metric)
             if matched is None:

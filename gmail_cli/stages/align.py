@@ -201,7 +201,7 @@ def _prepare(
     import numpy as np
     import torch
 
-    from gmail_cli.components import encoders
+    from gmail_cli.components import embedding, encoders
     from gmail_cli.components import partners as partnership
     from gmail_cli.components.images import GeneratedSet
     from gmail_cli.components.partners import GeneratedFrom
@@ -211,6 +211,7 @@ def _prepare(
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     device = encoders.pick_device(runtime.device)
+    encoders.require_precision("align.precision", align.precision, device=device)
     clip = encoders.load_clip(
         profile.model.clip,
         revision=profile.model.revision,
@@ -224,7 +225,7 @@ def _prepare(
     pixels = Pixels(images.image_bytes, len(images), preprocess=clip.preprocess, device=device, workers=runtime.workers)
 
     def embed_real(start: int, stop: int) -> np.ndarray:
-        return encoders.embed_images(
+        return embedding.embed_images(
             clip, lambda row: dataset.image_bytes(used[start + row]), stop - start, workers=runtime.workers
         )
 
@@ -329,7 +330,7 @@ class _Batches:
         import numpy as np
         import torch
 
-        from gmail_cli.components import encoders
+        from gmail_cli.components import embedding
         from gmail_cli.components.objectives import TEXTUAL
 
         self._align, self._seed, self._work, self._tower = profile.align, profile.seed, work, tower
@@ -345,7 +346,7 @@ class _Batches:
         self._shows = [[texts[text] for text in image.texts if text in texts] for image in work.real]
         self._texts = None
         if self._names & TEXTUAL:
-            self._texts = torch.from_numpy(encoders.embed_texts(work.clip, list(texts))[0]).to(self._device)
+            self._texts = torch.from_numpy(embedding.embed_texts(work.clip, list(texts))[0]).to(self._device)
         self._before = torch.from_numpy(work.before).to(self._device) if "hycd" in self._names else None
         self._groups = self._by_record() if "stablerep" in self._names else None
 
@@ -530,7 +531,7 @@ def _validate(profile: Profile, work: _Work, merged: Clip) -> dict[str, Any]:
     """Gap and transfer on the held-out images, before (through f_r) and after (through f_g)."""
     import numpy as np
 
-    from gmail_cli.components import encoders, transfer
+    from gmail_cli.components import embedding, transfer
     from gmail_cli.components import partners as partnership
 
     rng = np.random.default_rng(profile.seed)
@@ -554,7 +555,7 @@ def _validate(profile: Profile, work: _Work, merged: Clip) -> dict[str, Any]:
     task = transfer.make_task(
         generated,
         real,
-        embed=(lambda texts: encoders.embed_texts(work.clip, texts)[0]) if work.clip.reads_texts else None,
+        embed=(lambda texts: embedding.embed_texts(work.clip, texts)[0]) if work.clip.reads_texts else None,
         scale=_text_scale(work.clip),
         captioned=partners.method == "caption",
         seed=profile.seed,

@@ -90,7 +90,7 @@ def run(
     Raises:
         InputError: Data or artifacts that are missing or do not fit.
         SetupError: A model or device this machine lacks.
-        UsageError: f_g is asked for without an align artifact, bf16 on a CPU.
+        UsageError: f_g is asked for without an align artifact, bf16 on a CPU that is slow at it.
     """
     there = _used(profile, {"generated": generated, "aligned": aligned, "train": train})
     test = _read(profile)
@@ -349,16 +349,16 @@ class _Job:
     def _embed(
         self, shards: Sequence[range], *, progress: Progress | None
     ) -> Iterable[tuple[np.ndarray, np.ndarray | None]]:
-        from gmail_cli.components import encoders
+        from gmail_cli.components import embedding
 
         wanted, size = self.wanted, self._profile.embed.batch_size
         clip = wanted.clip()
         if wanted.image_bytes is None:
-            return encoders.text_shards(
+            return embedding.text_shards(
                 clip, lambda row: wanted.row(row)["text"], shards, batch_size=size, progress=progress
             )
         workers = self._profile.runtime.workers
-        images = encoders.image_shards(
+        images = embedding.image_shards(
             clip, wanted.image_bytes, shards, batch_size=size, workers=workers, progress=progress
         )
         return ((vectors, None) for vectors in images)
@@ -473,11 +473,13 @@ def _make(
 def _sets(profile: Profile, test: Dataset, inputs: Mapping[str, Artifact]) -> Iterator[_Set]:
     import torch
 
-    from gmail_cli.components.encoders import pick_device
+    from gmail_cli.components.encoders import pick_device, require_precision
 
     if profile.runtime.threads:
         torch.set_num_threads(profile.runtime.threads)
-    return _Plan(profile, test, inputs, device=str(pick_device(profile.runtime.device))).sets()
+    device = pick_device(profile.runtime.device)
+    require_precision("embed.precision", profile.embed.precision, device=device)
+    return _Plan(profile, test, inputs, device=str(device)).sets()
 
 
 def _shifted(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -530,14 +532,14 @@ class _Plan:
         """A model; only the last one is held."""
         import dataclasses
 
-        from gmail_cli.components.encoders import load_clip
+        from gmail_cli.components.encoders import load_clip, rounded
 
         if self._loaded is None or self._loaded[0] != ref:
             embed = self.profile.embed
             clip = load_clip(
                 ref, revision=revision, device=self.device, precision=embed.precision, seed=self.profile.seed
             )
-            self._loaded = ref, dataclasses.replace(clip, name=name)
+            self._loaded = ref, dataclasses.replace(rounded(clip), name=name)
         return self._loaded[1]
 
     def _images(

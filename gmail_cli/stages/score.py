@@ -474,10 +474,11 @@ def gap(real: Path, *, generated: Path) -> Scored:
 
 def _protocol(name: str) -> protocols.Protocol:
     found = protocols.find(name)
-    if found is None:
-        near = difflib.get_close_matches(name, protocols.REGISTRY, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(protocols.REGISTRY)}."
-        raise UsageError(f"there is no protocol {name!r}", hint=hint)
+    if not isinstance(found, protocols.Protocol):
+        known = [each.name for each in protocols.REGISTRY.values() if isinstance(each, protocols.Protocol)]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
+        raise UsageError(f"there is no retrieval protocol {name!r}", hint=hint)
     return found
 
 

@@ -37,7 +37,9 @@ def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any
         )
     only_test: dict[str, Any] = {}
     if part == "test" and protocol is not None:
-        only_test = {"protocol": protocol.label, "kind": protocol.kind}
+        only_test = {"protocol": protocol.label}
+        if isinstance(protocol, protocols.Protocol):
+            only_test["kind"] = protocol.kind
     if part == "test" and data.class_names:
         only_test["class_names"] = data.class_names
     return {

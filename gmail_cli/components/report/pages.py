@@ -14,7 +14,7 @@ from gmail_cli.components.report import names, plots
 from gmail_cli.components.report.layout import paper_tables
 from gmail_cli.components.report.records import GeneratedReport, Picture, Report
 from gmail_cli.components.report.verdict import outcome_of, verdict
-from gmail_cli.components.scores import HEADLINES
+from gmail_cli.components.scores import headlines
 
 _TEMPLATES = (
     "page.html.j2",
@@ -160,7 +160,9 @@ def _headline_charts(results: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     charts = []
     for task in dict.fromkeys(row["task"] for row in results["aggregates"]):
         plain = [row for row in results["aggregates"] if row["task"] == task and not row["dual_projection"]]
-        present = [metric for metric in HEADLINES if any(row["metric"] == metric for row in plain)]
+        present = [
+            metric for metric in headlines(results.get("protocol", "")) if any(row["metric"] == metric for row in plain)
+        ]
         for metric in present[:2]:
             rows = sorted((row for row in plain if row["metric"] == metric), key=lambda row: names.arm_rank(row["arm"]))
             if len(rows) > 1:

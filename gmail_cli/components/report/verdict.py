@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from gmail_cli.components.gate import lower_is_better
 from gmail_cli.components.report.names import interval, metric_label, show, task_label, task_title
-from gmail_cli.components.scores import HEADLINES
+from gmail_cli.components.scores import headlines
 
 Outcome = Literal["better", "worse", "unclear"]
 
@@ -59,14 +59,13 @@ def outcome_of(comparison: Mapping[str, Any]) -> Outcome:
 
 def _headline_comparisons(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Aligned against naive on each task's first headline metric, without and with dual projection."""
+    order = headlines(results.get("protocol", ""))
     rows = [
         row
         for row in results.get("comparisons", ())
-        if row["treatment"] == "generated-aligned"
-        and row["baseline"] == "generated-naive"
-        and row["metric"] in HEADLINES
+        if row["treatment"] == "generated-aligned" and row["baseline"] == "generated-naive" and row["metric"] in order
     ]
-    rows.sort(key=lambda row: HEADLINES.index(row["metric"]))
+    rows.sort(key=lambda row: order.index(row["metric"]))
     first: dict[tuple[str, bool], Mapping[str, Any]] = {}
     for row in rows:
         first.setdefault((row["task"], row["dual_projection"]), row)
@@ -150,10 +149,11 @@ def _beside_none(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def _without_arms(results: Mapping[str, Any]) -> str:
     """The first headline metric there is, when nothing is compared: of what was trained, if anything was."""
-    rows = [row for row in results.get("rows", ()) if row["metric"] in HEADLINES]
+    order = headlines(results.get("protocol", ""))
+    rows = [row for row in results.get("rows", ()) if row["metric"] in order]
     if not rows:
         return "Nothing to compare: this evaluation holds no trained arms."
-    rows.sort(key=lambda row: (row["arm"] == "none", HEADLINES.index(row["metric"])))
+    rows.sort(key=lambda row: (row["arm"] == "none", order.index(row["metric"])))
     row = rows[0]
     label = metric_label(row["metric"])
     value = f"{show(row['metric'], row['value'])} % ({interval(row['metric'], row['low'], row['high'])})"

@@ -118,13 +118,13 @@ def answers(given: Inputs, model: Model, asked: QuestionSet) -> dict[str, str]:
 
 def _see(given: Inputs, about: Mapping[str, Any], images: Sequence[bytes]) -> Any:
     """Image tokens of images from elsewhere, through the encoder of the test images."""
-    from gmail_cli.components import encoders
+    from gmail_cli.components import embedding
 
     workers = given.profile.runtime.workers
     if about["visual"] == "pooled":
-        return tensor(encoders.embed_images(given.encoder, images.__getitem__, len(images), workers=workers))[:, None]
+        return tensor(embedding.embed_images(given.encoder, images.__getitem__, len(images), workers=workers))[:, None]
     grid = int(about["visual_grid"])
-    return tensor(encoders.patch_tokens(given.encoder, images.__getitem__, len(images), grid=grid, workers=workers))
+    return tensor(embedding.patch_tokens(given.encoder, images.__getitem__, len(images), grid=grid, workers=workers))
 
 
 def _check_encoder(given: Inputs, model: Model, digest: str) -> None:
@@ -142,7 +142,7 @@ def _patches(given: Inputs, ids: list[str], *, grid: int) -> Any:
     """Patch tokens of test images, which the embeddings do not hold."""
     import torch
 
-    from gmail_cli.components.encoders import patch_tokens
+    from gmail_cli.components.embedding import patch_tokens
 
     if given.test is None or not given.test.has_images:
         hint = "Evaluate where the test images are, or train with --set train.visual=pooled."
@@ -196,9 +196,9 @@ class ClipScorer:
         return measure.clip_scores(self._pictures, captions=captions, references=self._truths, owners=self._owners)
 
     def _embed(self, texts: Sequence[str]) -> Float[np.ndarray, "texts dim"]:
-        from gmail_cli.components import encoders
+        from gmail_cli.components import embedding
 
-        return encoders.embed_texts(self._clip, [PROMPT + text for text in texts], batch_size=self._batch_size)[0]
+        return embedding.embed_texts(self._clip, [PROMPT + text for text in texts], batch_size=self._batch_size)[0]
 
 
 def tensor(vectors: Float[np.ndarray, "rows dim"]) -> Any:

@@ -123,13 +123,12 @@ class Measured:
             )
             found = measure.Retrieval({})
         else:
-            protocol = protocols.find(self.given.origins["protocol"])
             found = measure.retrieval(
                 images,
                 texts=texts,
                 ks=chosen.recall_at,
                 true_recall=chosen.true_recall,
-                folds=protocol.folds if protocol else 1,
+                folds=protocols.folds_of(self.given.origins["protocol"]),
                 extra_positives=extra_positives(self.given.profile),
             )
         for kind, ranks in found.ranks.items():

@@ -127,7 +127,7 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
 
 def _embedded(profile: Profile, workspace: Workspace, slot: Slot, clip: Clip, real: Dataset) -> np.ndarray:
     """Every real image through f_r, kept for whoever asks next."""
-    from gmail_cli.components import encoders
+    from gmail_cli.components import embedding, encoders
 
     identities = tuple(str(each) for each in real.image_identities)
     wanted = features.Features(
@@ -135,7 +135,7 @@ def _embedded(profile: Profile, workspace: Workspace, slot: Slot, clip: Clip, re
     )
 
     def embed(start: int, stop: int) -> np.ndarray:
-        return encoders.embed_images(
+        return embedding.embed_images(
             clip, lambda row: real.image_bytes(start + row), stop - start, workers=profile.runtime.workers
         )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gmail_cli.artifacts import Artifact, Slot, Workspace
-from gmail_cli.errors import UsageError
 from gmail_cli.profile import Profile
 from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
@@ -40,14 +39,13 @@ def device_of(profile: Profile) -> torch.device:
     """The device to train on; torch takes as many threads as the profile says."""
     import torch
 
+    from gmail_cli.components.encoders import pick_device, require_precision
+
     if profile.runtime.threads:
         torch.set_num_threads(profile.runtime.threads)
-    name = profile.runtime.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if profile.train.precision == "bf16" and name == "cpu":
-        raise UsageError("train.precision = 'bf16' is some 80 times slower on a CPU", hint="Use fp32.")
-    return torch.device(name)
+    device = pick_device(profile.runtime.device)
+    require_precision("train.precision", profile.train.precision, device=device)
+    return device
 
 
 def material_of(
