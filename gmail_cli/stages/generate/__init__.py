@@ -40,13 +40,14 @@ def run(profile: Profile, workspace: Workspace, *, progress: Progress | None = N
     Args:
         profile: What is read of it: ``generate``, ``data``, ``runtime`` and ``seed``.
         workspace: Where the artifact goes.
-        progress: Called with (images done, images in all).
+        progress: Called with (images done, images in all); with ``generate.rewrite`` prompts count too.
 
     Returns:
         The artifact: ``images/<000>/<key>.<ext>`` and ``records.jsonl`` with one object per image: key, caption_id,
         caption, owner, label, k, seed, attempt, sha256, path, bytes, width, height, truncated, generator; with
-        ``generate.score`` also its scores, and in ``rejected.jsonl`` those that ``min_clip_score`` or ``keep_best``
-        left out.
+        ``generate.rewrite`` also ``rewritten``, what a language model made of the caption (None where nothing usable);
+        with ``generate.score`` also its scores, and in ``rejected.jsonl`` those that ``min_clip_score`` or
+        ``keep_best`` left out.
 
     Raises:
         InputError: Captions or images that are missing or corrupt.

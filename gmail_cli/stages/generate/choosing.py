@@ -12,6 +12,7 @@ from gmail_cli.profile import Generate, Profile
 from gmail_cli.stages import features, sources
 from gmail_cli.stages.generate.drawing import RECORDS, Progress
 from gmail_cli.stages.generate.planning import Record, limit_of
+from gmail_cli.stages.generate.writing import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,6 +165,7 @@ def _choose(profile: Profile, workspace: Workspace, scored: Artifact) -> Artifac
             "owners": len({row["owner"] for row in kept}),
             "truncated_share": sum(row["truncated"] for row in kept) / len(kept),
             "redrawn": sum(row["attempt"] > 0 for row in kept),
+            **counted(kept),
             "clip_score": quality.summarise([row["clip_score"] for row in kept]),
             "rejected": len(rejected),
             "captions_without_image": len({row["caption_id"] for row in rejected} - captions),
