@@ -367,7 +367,7 @@ CHANGES: dict[str, Any] = {
 }
 OTHERWISE_TESTED = {
     *("score", "min_clip_score", "keep_best"),
-    *("mix", "strength"),
+    *("mix", "strength", "rewrite"),
     "source",
     "import_path",
     "model",
