@@ -190,9 +190,10 @@ def test_the_caption_stays_and_what_was_written_is_drawn_and_recorded(
     assert generate.plan_key(chosen).digest == artifact.digest
 
     plain = profile(folder, rewrite={}, prompt_template="{caption}")
-    assert {row["sha256"] for row in records}.isdisjoint(
-        row["sha256"] for row in generate.run(plain, Workspace(tmp_path)).read_jsonl("records.jsonl")
-    )
+    untold = generate.run(plain, Workspace(tmp_path)).read_jsonl("records.jsonl")
+    for row, other in zip(records, untold, strict=True):
+        assert (row["sha256"] == other["sha256"]) == (row["rewritten"] is None and row["k"] == 1)
+    assert "rewritten" not in untold[0]
     monkeypatch.setattr(rewriting, "load_rewriter", None)  # what is drawn again is told what was written then
     assert checking.regenerate(chosen, artifact, count=40) == []
     assert checking.regenerate(chosen.model_copy(update={"generate": plain.generate}), artifact, count=3) == []
