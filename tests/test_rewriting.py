@@ -265,10 +265,24 @@ def test_settings_that_do_not_fit_together_are_refused(wrong: dict[str, Any], na
         build({"generate": wrong})
 
 
-def test_generators_of_a_mixture_are_told_what_one_alone_is_told(folder: Path, tmp_path: Path) -> None:
+def test_generators_of_a_mixture_are_told_what_one_alone_is_told_and_loaded_one_at_a_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mix = [{"name": "plain"}, {"name": "other", "guidance": 3.0}]
     told: list[tuple[int, int]] = []
-    mixed = generate.run(profile(folder, mix=mix), Workspace(tmp_path), progress=lambda *at: told.append(at))
+    loaded: list[Any] = []
+
+    def sampler(*arguments: Any, **named: Any) -> Any:
+        assert all(each() is None for each in loaded)
+        made, device = whole(*arguments, **named)
+        loaded.append(weakref.ref(made.pipeline))
+        return made, device
+
+    whole = drawing.load_sampler
+    with monkeypatch.context() as patched:
+        patched.setattr(drawing, "load_sampler", sampler)
+        mixed = generate.run(profile(folder, mix=mix), Workspace(tmp_path), progress=lambda *at: told.append(at))
+    assert len(loaded) == 2
     assert told == sorted(told)
     assert told[-1] == (80, 80)
     alone = generate.run(profile(folder), Workspace(tmp_path))
