@@ -356,7 +356,9 @@ def test_parts_write_their_own_prompts_and_end_in_the_bytes_of_one_process(
 ) -> None:
     monkeypatch.setattr(drawing, "SHARD", 8)
     chosen = profile(folder, per_caption=3, rewrite=OWN | {"per_image": False})  # images of a caption lie in two shards
-    expected = generate.run(chosen, Workspace(tmp_path / "whole"))
+    told: list[tuple[int, int]] = []
+    expected = generate.run(chosen, Workspace(tmp_path / "whole"), progress=lambda *at: told.append(at))
+    assert told[-1] == (85, 85)  # sixty images, and twenty captions of which five lie in two shards
     workspace = Workspace(tmp_path / "parts")
     found = [generate.run_part(chosen, workspace, part=(part, 3)) for part in (3, 1, 2)]
     assert [isinstance(each, Waiting) for each in found] == [True, True, False]

@@ -89,6 +89,10 @@ class Plan(Sequence[Planned]):
         caption_id, text = (caption.id, caption.text) if caption else ("", "")
         return Planned(key, stem, caption_id, text, image.id, image.label, k)
 
+    def captions_in(self, images: range) -> int:
+        """Number of captions that a run of images belongs to."""
+        return (images.stop - 1) // self._per_caption - images.start // self._per_caption + 1
+
     @property
     def captions(self) -> int:
         """Number of captions."""
@@ -129,6 +133,10 @@ class Part(Plan):
 
     def _at(self, index: int) -> Planned:
         return self._whole[int(self._chosen[index])]
+
+    def captions_in(self, images: range) -> int:
+        """As :meth:`Plan.captions_in`."""
+        return len({each.caption_id for each in self[images.start : images.stop]})
 
     @property
     def captions(self) -> int:

@@ -79,7 +79,8 @@ class Prompts:
             KeyboardInterrupt: It was interrupted.
         """
         missing = [shard for shard in shards if not self.log(slot, shard).is_complete()]
-        total = sum(len(self.wanted(shard)[0]) for shard in missing)
+        own = self._profile.generate.rewrite.per_image
+        total = sum(len(shard) if own else self._plan.captions_in(shard) for shard in missing)
         done = 0
         rewriter: Rewriter | None = None
         for shard in missing:
