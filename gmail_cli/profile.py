@@ -173,6 +173,8 @@ class Generator(Section):
     """As `generate.prompt_template`."""
     negative_prompt: str | None = None
     """As `generate.negative_prompt`."""
+    prompt_windows: Count | None = None
+    """As `generate.prompt_windows`."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
     """As `generate.height`."""
     width: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
@@ -226,6 +228,10 @@ class Generate(Section):
     (`openai-imagenet`: CLIP's 80 templates of class names, `simple-imagenet`: 7)."""
     negative_prompt: str = ""
     """What guidance leads away from; needs `guidance` above 1."""
+    prompt_windows: Count = 1
+    """Windows of CLIP's text encoder (75 tokens each) that a prompt may fill, for Stable Diffusion 1, 2 and SDXL: a
+    longer one is split, where a sentence, clause or word ends, and cut after the last window. 1 cuts it after the
+    first, as diffusers does. Pipelines that read prompts by T5 or Gemma want 1."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
     """Pixels; 0 takes the pipeline's own. Set `width` too."""
     width: Annotated[int, Field(ge=0, multiple_of=8)] = 0

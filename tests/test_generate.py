@@ -378,6 +378,7 @@ OTHERWISE_TESTED = {
     "quality",
     "lora",
     "lora_scale",
+    "prompt_windows",
 }
 
 

@@ -66,6 +66,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
         width=generate.width,
         batch_size=generate.batch_size,
         strength=generate.strength,
+        prompt_windows=generate.prompt_windows,
         seed=profile.seed,
     )
     begins: Callable[[str], bytes] | None = None
@@ -190,7 +191,7 @@ class Work:
                     start = shard.start + self._whole(slot, shard, log)
                     done += start - shard.start
                     waiting: list[Future[Record]] = []
-                    for chunk in self._chunks(slot, range(start, shard.stop)):
+                    for chunk in self._chunks(slot, shard, start):
                         running = [pool.submit(task) for task in chunk]
                         done += _flush(log, waiting, progress=progress, done=done, total=total)
                         waiting = running
@@ -224,13 +225,13 @@ class Work:
                 return False
         return len(records) == len(shard)
 
-    def _chunks(self, slot: Slot, rows: range) -> Iterator[list[Task]]:
+    def _chunks(self, slot: Slot, shard: range, start: int) -> Iterator[list[Task]]:
         name = self.key.settings["name"]
         if self.profile.generate.source == "import":
-            return _imported(slot, self.plan, self.dataset, name=name, rows=rows)
-        return self._drawn(slot, name=name, rows=rows)
+            return _imported(slot, self.plan, self.dataset, name=name, rows=range(start, shard.stop))
+        return self._drawn(slot, shard, name=name, start=start)
 
-    def _drawn(self, slot: Slot, *, name: str, rows: range) -> Iterator[list[Task]]:
+    def _drawn(self, slot: Slot, shard: range, *, name: str, start: int) -> Iterator[list[Task]]:
         extension, quality = self.profile.generate.format, self.profile.generate.quality
 
         def task(planned: Planned, drawn: diffusion.Drawn) -> Record:
@@ -239,8 +240,8 @@ class Work:
             height, width, _ = drawn.pixels.shape
             return _write(slot, planned, content, extension=extension, width=width, height=height) | made
 
-        position = rows.start
-        for batch in self.sampler().draw(self.jobs, start=rows.start, stop=rows.stop):
+        position = start
+        for batch in self.sampler().draw(self.jobs, first=shard.start, start=start, stop=shard.stop):
             yield [partial(task, self.plan[position + row], drawn) for row, drawn in enumerate(batch)]
             position += len(batch)
 

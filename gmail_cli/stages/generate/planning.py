@@ -27,6 +27,7 @@ PER_FOLDER = 1000
 _PIPELINE_ONLY = (
     *("per_caption", "lora_scale", "dtype", "scheduler", "steps", "guidance", "strength", "prompt_template"),
     *("negative_prompt", "height", "width", "batch_size", "format", "quality"),
+    "prompt_windows",
 )
 _BY_CONTENT = ("import_path", "model", "revision", "lora", "limit", "kinds", "captions_per_image", "mix")
 """Settings that enter a key through the content they choose: its inputs and models."""
@@ -224,6 +225,8 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
         del chosen["quality"]
     if not generate.lora:
         del chosen["lora_scale"]
+    if generate.prompt_windows == 1:
+        del chosen["prompt_windows"]
     place, folder = diffusion.locate(generate.model)
     if folder is None and not generate.revision:
         raise UsageError(
