@@ -379,6 +379,7 @@ OTHERWISE_TESTED = {
     "lora",
     "lora_scale",
     "prompt_windows",
+    *("safety_checker", "safety_revision", "unsafe_label", "max_unsafe"),
 }
 
 

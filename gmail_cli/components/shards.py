@@ -65,6 +65,6 @@ def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         "truncated": pa.bool_(),
         **dict.fromkeys(("clip_score", "twin_similarity", "partner_similarity", "copy_similarity"), real),
         "copy_of": text,
-        **dict.fromkeys(("contrast", "detail"), real),
+        **dict.fromkeys(("contrast", "detail", "unsafe"), real),
     }
     return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(list(kinds.items())))

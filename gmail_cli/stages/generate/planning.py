@@ -31,7 +31,10 @@ _PIPELINE_ONLY = (
 )
 _BY_CONTENT = ("import_path", "model", "revision", "lora", "limit", "kinds", "captions_per_image", "mix")
 """Settings that enter a key through the content they choose: its inputs and models."""
-AFTERWARDS = ("score", "min_clip_score", "keep_best")
+AFTERWARDS = (
+    *("score", "min_clip_score", "keep_best"),
+    *("safety_checker", "safety_revision", "unsafe_label", "max_unsafe"),
+)
 """Settings of what is done with images once they are there: each makes another artifact, from the one without it."""
 
 Record = dict[str, Any]
