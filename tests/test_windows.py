@@ -133,6 +133,25 @@ def test_images_do_not_depend_on_the_windows_of_their_neighbours(kind: str, fold
     assert not set(drawn(split, ends).values()) & set(whole.values()), "what comes last is read"
 
 
+def test_prompts_are_split_where_drawing_begins_with_a_real_image_too(kind: str, folders: Path) -> None:
+    from gmail_cli.components.scenes import scene_bytes
+
+    pipeline = diffusion.load_pipeline(str(folders / kind), image_to_image=True)
+    sampling = dataclasses.replace(SAMPLING, steps=4, strength=0.5)
+    split, cut_off = (
+        diffusion.Sampler(
+            pipeline,
+            sampling=dataclasses.replace(sampling, prompt_windows=most),
+            begins=lambda owner: scene_bytes("train", 0, size=40),
+        )
+        for most in (3, 1)
+    )
+    whole = drawn(split, JOBS)
+    assert drawn(split, JOBS[::-1]) == whole
+    plain = drawn(cut_off, JOBS)
+    assert {job.caption_id for job in JOBS if plain[job] == whole[job]} == {"short", "fits", "other"}
+
+
 def test_a_batch_holds_prompts_of_as_many_windows_and_a_restart_draws_the_same_batches(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
