@@ -88,6 +88,8 @@ def _models(profile: profiles.Profile) -> list[tuple[str, str, str]]:
         if profile.generate.rewrite.lm:
             rewrite = profile.generate.rewrite
             found.append(("generate.rewrite.lm", rewrite.lm, rewrite.revision))
+    if "generate" in profile.stages and profile.generate.safety_checker:
+        found.append(("generate.safety_checker", profile.generate.safety_checker, profile.generate.safety_revision))
     return found
 
 

@@ -173,6 +173,8 @@ class Generator(Section):
     """As `generate.prompt_template`."""
     negative_prompt: str | None = None
     """As `generate.negative_prompt`."""
+    prompt_windows: Count | None = None
+    """As `generate.prompt_windows`."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
     """As `generate.height`."""
     width: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
@@ -260,6 +262,10 @@ class Generate(Section):
     """Have a language model write the prompts, see below."""
     negative_prompt: str = ""
     """What guidance leads away from; needs `guidance` above 1."""
+    prompt_windows: Count = 1
+    """Windows of CLIP's text encoder (75 tokens each) that a prompt may fill, for Stable Diffusion 1, 2 and SDXL: a
+    longer one is split, where a sentence, clause or word ends, and cut after the last window. 1 cuts it after the
+    first, as diffusers does. Pipelines that read prompts by T5 or Gemma want 1."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
     """Pixels; 0 takes the pipeline's own. Set `width` too."""
     width: Annotated[int, Field(ge=0, multiple_of=8)] = 0
@@ -278,6 +284,15 @@ class Generate(Section):
     """Keep images with this CLIPScore (2.5 times the cosine with their caption) or more; 0 keeps all. Scores them."""
     keep_best: Limit = 0
     """Keep the N images of each caption with the highest CLIPScore; 0 keeps all. Scores them."""
+    safety_checker: str = ""
+    """Say how unsafe each image is (`unsafe`, 0 to 1), by Stable Diffusion's safety checker or an image classifier: a
+    folder in transformers format or a hub id. Empty: none. Scores the images too."""
+    safety_revision: str = ""
+    """Commit of a hub `safety_checker`; required for one."""
+    unsafe_label: str = ""
+    """Class of the classifier that means unsafe, such as `nsfw`; empty for Stable Diffusion's safety checker."""
+    max_unsafe: Fraction = 1.0
+    """Keep images that are at most so unsafe; 1 keeps all."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generate:
@@ -287,6 +302,11 @@ class Generate(Section):
                 raise ValueError(f"prompt_template {template!r} lacks {{caption}} and {{label}} and is none of {sets}")
         if self.negative_prompt and self.guidance <= 1:
             raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
+        if not self.safety_checker and (self.unsafe_label or self.max_unsafe < 1):
+            raise ValueError(
+                f"max_unsafe = {self.max_unsafe} and unsafe_label = {self.unsafe_label!r} have no effect without "
+                "safety_checker: name one"
+            )
         if self.source == "pipeline" and self.keep_best > self.per_caption:
             raise ValueError(
                 f"keep_best = {self.keep_best} of per_caption = {self.per_caption}: it must be at most that"

@@ -378,6 +378,8 @@ OTHERWISE_TESTED = {
     "quality",
     "lora",
     "lora_scale",
+    "prompt_windows",
+    *("safety_checker", "safety_revision", "unsafe_label", "max_unsafe"),
 }
 
 

@@ -66,6 +66,6 @@ def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         "rewritten": text,
         **dict.fromkeys(("clip_score", "twin_similarity", "partner_similarity", "copy_similarity"), real),
         "copy_of": text,
-        **dict.fromkeys(("contrast", "detail"), real),
+        **dict.fromkeys(("contrast", "detail", "unsafe"), real),
     }
     return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(list(kinds.items())))

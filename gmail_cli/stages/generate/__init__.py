@@ -12,7 +12,7 @@ from __future__ import annotations
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace
 from gmail_cli.profile import Profile
 from gmail_cli.stages import sources
-from gmail_cli.stages.generate.choosing import afterwards, chosen_key, filtered, scored_key
+from gmail_cli.stages.generate.choosing import afterwards, chosen_key, filtered, scored, scored_key
 from gmail_cli.stages.generate.drawing import Progress, Work
 from gmail_cli.stages.generate.mixing import Mixture
 
@@ -26,7 +26,7 @@ def plan_key(profile: Profile) -> StageKey:
     """
     key = _work(profile).key
     generate = profile.generate
-    if generate.score or filtered(generate):
+    if scored(generate):
         key = scored_key(profile, key)
     return chosen_key(profile, key) if filtered(generate) else key
 
@@ -46,8 +46,8 @@ def run(profile: Profile, workspace: Workspace, *, progress: Progress | None = N
         The artifact: ``images/<000>/<key>.<ext>`` and ``records.jsonl`` with one object per image: key, caption_id,
         caption, owner, label, k, seed, attempt, sha256, path, bytes, width, height, truncated, generator; with
         ``generate.rewrite`` also ``rewritten``, what a language model made of the caption (None where nothing usable);
-        with ``generate.score`` also its scores, and in ``rejected.jsonl`` those that ``min_clip_score`` or
-        ``keep_best`` left out.
+        with ``generate.score`` or ``generate.safety_checker`` also its scores, and in ``rejected.jsonl`` those that
+        ``min_clip_score``, ``keep_best`` or ``max_unsafe`` left out.
 
     Raises:
         InputError: Captions or images that are missing or corrupt.

@@ -74,6 +74,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
         width=generate.width,
         batch_size=generate.batch_size,
         strength=generate.strength,
+        prompt_windows=generate.prompt_windows,
         seed=profile.seed,
     )
     begins: Callable[[str], bytes] | None = None
@@ -266,7 +267,8 @@ class Work:
             return _write(slot, planned, content, extension=extension, width=width, height=height) | made
 
         position = start
-        for batch in self.sampler().draw(jobs, start=start - before, stop=shard.stop - before):
+        where = {"first": shard.start - before, "start": start - before, "stop": shard.stop - before}
+        for batch in self.sampler().draw(jobs, **where):
             yield [partial(task, position + row, drawn) for row, drawn in enumerate(batch)]
             position += len(batch)
 

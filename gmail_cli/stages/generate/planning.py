@@ -27,10 +27,14 @@ PER_FOLDER = 1000
 _PIPELINE_ONLY = (
     *("per_caption", "lora_scale", "dtype", "scheduler", "steps", "guidance", "strength", "prompt_template"),
     *("rewrite", "negative_prompt", "height", "width", "batch_size", "format", "quality"),
+    "prompt_windows",
 )
 _BY_CONTENT = ("import_path", "model", "revision", "lora", "limit", "kinds", "captions_per_image", "mix")
 """Settings that enter a key through the content they choose: its inputs and models."""
-AFTERWARDS = ("score", "min_clip_score", "keep_best")
+AFTERWARDS = (
+    *("score", "min_clip_score", "keep_best"),
+    *("safety_checker", "safety_revision", "unsafe_label", "max_unsafe"),
+)
 """Settings of what is done with images once they are there: each makes another artifact, from the one without it."""
 
 Record = dict[str, Any]
@@ -247,6 +251,8 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
         del chosen["rewrite"]["lm"], chosen["rewrite"]["revision"]
     else:
         del chosen["rewrite"]
+    if generate.prompt_windows == 1:
+        del chosen["prompt_windows"]
     place, folder = diffusion.locate(generate.model)
     if folder is None and not generate.revision:
         raise UsageError(
