@@ -199,6 +199,22 @@ def test_what_checks_is_part_of_the_key(folder: Path) -> None:
         generate.plan_key(profile_for(folder, safety_checker="some/model"))
 
 
+def test_a_checker_that_does_not_fit_is_named_before_anything_is_drawn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusion, "load_pipeline", None)
+    workspace = Workspace(tmp_path)
+    for wrong, problem in (
+        ({"unsafe_label": "porn"}, "no class of"),
+        ({"safety_checker": "some/model"}, "without generate"),
+    ):
+        for part in ((1, 1), (1, 2)):
+            with pytest.raises(UsageError, match=problem):
+                generate.run_part(profile_for(folder, **wrong), workspace, part=part)
+        with pytest.raises(UsageError, match=problem):
+            generate.run(profile_for(folder, **wrong), workspace)
+
+
 def test_reasons_name_what_is_unsafe_before_what_fits_badly() -> None:
     rows = [
         {"caption_id": "c", "caption": "a", "k": k, "clip_score": s, "unsafe": u}

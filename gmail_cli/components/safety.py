@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -119,12 +118,11 @@ def load_checker(ref: str, *, revision: str = "", label: str = "", device: str |
     try:
         weights = ("model.safetensors", "safety_checker/model.safetensors")
         place = folder or hub.fetch(ref, revision=revision, weights=weights)
-        inside = (place / "model_index.json").is_file()  # a pipeline
-        where = place / "safety_checker" if inside else place
-        own = _OWN in (json.loads((where / "config.json").read_text(encoding="utf-8")).get("architectures") or [])
-        kind = _diffusers_checker() if own else transformers.AutoModelForImageClassification
+        unsafe = _unsafe_class(place, label)
+        kind = _diffusers_checker() if unsafe is None else transformers.AutoModelForImageClassification
+        where = _inside(place, "safety_checker")
         model, told = kind.from_pretrained(where, use_safetensors=True, output_loading_info=True)
-        processor = transformers.AutoImageProcessor.from_pretrained(place / "feature_extractor" if inside else place)
+        processor = transformers.AutoImageProcessor.from_pretrained(_inside(place, "feature_extractor"))
         if told["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(told['missing_keys'])[:3])}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -136,18 +134,37 @@ def load_checker(ref: str, *, revision: str = "", label: str = "", device: str |
             ) from error
         reason, hint = hub.explain(error, ref, revision=revision)
         raise SetupError(f"generate.safety_checker = {ref!r} cannot be loaded: {reason}", hint=hint) from error
-    unsafe = None if own else model.config.label2id.get(label)
-    if own and label:
-        raise UsageError(
-            f"generate.unsafe_label = {label!r}: Stable Diffusion's safety checker has no classes",
-            hint='set generate.unsafe_label to ""',
-        )
-    if not own and unsafe is None:
-        raise UsageError(
-            f"generate.unsafe_label = {label!r} is no class of {ref!r}",
-            hint=f"it has: {', '.join(map(repr, model.config.label2id))}",
-        )
     return SafetyChecker(model.eval().to(device), processor, unsafe)
+
+
+def _unsafe_class(folder: Path, label: str) -> int | None:
+    """The class that a label names; None for Stable Diffusion's safety checker.
+
+    Raises:
+        OSError: There is no configuration in the folder, or one that cannot be read (or ValueError).
+        UsageError: A label that the classifier does not have, or one for diffusers' checker.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(_inside(folder, "safety_checker"))
+    if _OWN in (config.architectures or []):
+        if label:
+            raise UsageError(
+                f"generate.unsafe_label = {label!r}: Stable Diffusion's safety checker has no classes",
+                hint='set generate.unsafe_label to ""',
+            )
+        return None
+    if label not in config.label2id:
+        raise UsageError(
+            f"generate.unsafe_label = {label!r} is no class of generate.safety_checker",
+            hint=f"it has: {', '.join(map(repr, config.label2id))}",
+        )
+    return int(config.label2id[label])
+
+
+def _inside(folder: Path, part: str) -> Path:
+    """A part of a pipeline's folder; any other folder is all parts itself."""
+    return folder / part if (folder / "model_index.json").is_file() else folder
 
 
 def _diffusers_checker() -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace
 from gmail_cli.profile import Profile
 from gmail_cli.stages import sources
-from gmail_cli.stages.generate.choosing import afterwards, chosen_key, filtered, scored, scored_key
+from gmail_cli.stages.generate.choosing import afterwards, checker_of, chosen_key, filtered, scored, scored_key
 from gmail_cli.stages.generate.drawing import Progress, Work
 from gmail_cli.stages.generate.mixing import Mixture
 
@@ -55,7 +55,7 @@ def run(profile: Profile, workspace: Workspace, *, progress: Progress | None = N
         UsageError: Settings that do not fit the model.
         KeyboardInterrupt: After Ctrl-C, when the batch in progress is on disk.
     """
-    made = _work(profile).make(workspace, progress=progress)
+    made = _work_in(workspace, profile).make(workspace, progress=progress)
     return afterwards(profile, workspace, made, progress=progress)
 
 
@@ -77,8 +77,16 @@ def run_part(
         UsageError: As ``run``; or i is not one of 1 to n.
     """
     sources.require_part(*part)
-    made = _work(profile).make_part(workspace, part=part, progress=progress)
+    made = _work_in(workspace, profile).make_part(workspace, part=part, progress=progress)
     return made if isinstance(made, Waiting) else afterwards(profile, workspace, made, progress=None)
+
+
+def _work_in(workspace: Workspace, profile: Profile) -> Work | Mixture:
+    """What a profile asks for; before images are drawn, what is wrong with a safety checker is said."""
+    work = _work(profile)
+    if profile.generate.safety_checker and workspace.find(work.key) is None:
+        checker_of(profile.generate)
+    return work
 
 
 def _work(profile: Profile) -> Work | Mixture:

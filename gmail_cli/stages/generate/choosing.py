@@ -16,6 +16,7 @@ from gmail_cli.stages.generate.writing import counted
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from gmail_cli.components.captions import Dataset
     from gmail_cli.components.encoders import Clip
@@ -56,6 +57,16 @@ def scored_key(profile: Profile, drawn: StageKey) -> StageKey:
         settings["unsafe_label"] = generate.unsafe_label
         models["safety_checker"] = _checker_digest(generate)
     return replace(drawn, settings=settings, inputs=inputs, models=models)
+
+
+def checker_of(generate: Generate, *, device: str | torch.device = "cpu") -> SafetyChecker:
+    """The safety checker, loaded; raises what `safety.load_checker` raises, and as `scored_key`."""
+    from gmail_cli.components import safety
+
+    _checker_digest(generate)
+    return safety.load_checker(
+        generate.safety_checker, revision=generate.safety_revision, label=generate.unsafe_label, device=device
+    )
 
 
 def _checker_digest(generate: Generate) -> str:
@@ -99,7 +110,7 @@ def partners(profile: Profile) -> Dataset | None:
 
 
 def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress: Progress | None) -> Artifact:
-    from gmail_cli.components import encoders, quality, safety
+    from gmail_cli.components import encoders, quality
     from gmail_cli.components.images import GeneratedSet
 
     with workspace.open(scored_key(profile, _key_in(drawn))) as slot:
@@ -137,12 +148,7 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
                         clip, part, image_bytes=content, captions=captions, real=held, workers=workers
                     )
                     if generate.safety_checker:
-                        checker = checker or safety.load_checker(
-                            generate.safety_checker,
-                            revision=generate.safety_revision,
-                            label=generate.unsafe_label,
-                            device=device,
-                        )
+                        checker = checker or checker_of(generate, device=device)
                         unsafe = checker.score(content, part, workers=workers)
                         found = [row | {"unsafe": value} for row, value in zip(found, unsafe, strict=True)]
                     log.keep(0)
