@@ -69,8 +69,8 @@ def restart(profile: Profile, workspace: Workspace, queue: Any) -> None:
     class Stop(Exception):  # noqa: N818
         pass
 
-    def chunks(slot: Any, rows: range) -> Any:
-        first.append(rows.start)
+    def chunks(slot: Any, shard: range, start: int) -> Any:
+        first.append(start)
         raise Stop
 
     work._chunks = chunks  # type: ignore[method-assign]

@@ -482,7 +482,10 @@ def _estimate(context: _Context, batches: int) -> None:
     context.print_plan(steps, estimate=told)
     if context.as_json:
         return
-    typer.echo(f"          {told['images']:,} images of {told['captions']:,} captions")
+    prompts = f", {told['prompts']:,} prompts to write" if "prompts" in told else ""
+    typer.echo(f"          {told['images']:,} images of {told['captions']:,} captions{prompts}")
+    if batches and prompts:
+        typer.echo(f"          {told['seconds_per_prompt']:.3g} s a prompt")
     if batches:
         typer.echo(
             f"          {told['seconds_per_image']:.3g} s an image, {told['seconds'] / 3600:.3g} h in all here; "

@@ -85,6 +85,11 @@ def _models(profile: profiles.Profile) -> list[tuple[str, str, str]]:
     if "generate" in profile.stages and profile.generate.source == "pipeline":
         mixed = [profile.generate.with_generator(each) for each in profile.generate.mix]
         found += [("generate.model", each.model, each.revision) for each in mixed or [profile.generate]]
+        if profile.generate.rewrite.lm:
+            rewrite = profile.generate.rewrite
+            found.append(("generate.rewrite.lm", rewrite.lm, rewrite.revision))
+    if "generate" in profile.stages and profile.generate.safety_checker:
+        found.append(("generate.safety_checker", profile.generate.safety_checker, profile.generate.safety_revision))
     return found
 
 

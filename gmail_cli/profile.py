@@ -175,12 +175,45 @@ class Generator(Section):
     """As `generate.prompt_template`."""
     negative_prompt: str | None = None
     """As `generate.negative_prompt`."""
+    prompt_windows: Count | None = None
+    """As `generate.prompt_windows`."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
     """As `generate.height`."""
     width: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
     """As `generate.width`."""
     batch_size: Count | None = None
     """As `generate.batch_size`."""
+
+
+class Rewrite(Section):
+    """Prompts that a local language model writes from the captions, `[generate.rewrite]` (language enhancement)."""
+
+    lm: str = ""
+    """Causal language model that writes them: `tiny` (shipped), a folder in transformers format, or a hub id. Empty:
+    captions stay as they are. The caption of each record stays in any case; what was written is beside it."""
+    revision: str = ""
+    """Commit of a hub model; required for one, so that the artifact says which weights wrote."""
+    instruction: str = "Rewrite this caption of a photo as one detailed sentence about what can be seen: {}"
+    """What it is told, `{}` standing for the caption: as a user's turn where its tokenizer has a chat template; else it
+    goes on from there to the end of the line."""
+    max_tokens: Count = 64
+    """Most tokens it writes; a sentence that is cut off is left out. CLIP's text towers read 77 in all."""
+    temperature: NonNegative = 0.0
+    """0 takes the likeliest token each time; above, one of the 50 likeliest is drawn."""
+    per_image: bool = False
+    """Write a prompt for each of the k images of a caption, instead of one for all; needs `temperature` above 0."""
+    batch_size: Count = 16
+    """Prompts written at once. Part of the artifact's identity, as `generate.batch_size` is."""
+    dtype: Number = "float32"
+    """Number format of its weights; a CPU wants `float32`."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Rewrite:
+        if self.instruction.count("{}") != 1:
+            raise ValueError(f"instruction {self.instruction!r} must hold {{}} once, for the caption")
+        if self.per_image and not self.temperature:
+            raise ValueError("per_image has no effect at temperature = 0, where all prompts of a caption are equal")
+        return self
 
 
 class Generate(Section):
@@ -225,9 +258,16 @@ class Generate(Section):
     prompt_template: Templates = ("{caption}",)
     """What the pipeline is told; `{caption}` stands for the caption, `{label}` for the class of its image. Of several
     the images of a caption take one after another: k = 0 the first. A set of open_clip can be named
-    (`openai-imagenet`: CLIP's 80 templates of class names, `simple-imagenet`: 7)."""
+    (`openai-imagenet`: CLIP's 80 templates of class names, `simple-imagenet`: 7). With `rewrite` `{caption}` is what
+    was written and `{original}` the caption."""
+    rewrite: Rewrite = Rewrite()
+    """Have a language model write the prompts, see below."""
     negative_prompt: str = ""
     """What guidance leads away from; needs `guidance` above 1."""
+    prompt_windows: Count = 1
+    """Windows of CLIP's text encoder (75 tokens each) that a prompt may fill, for Stable Diffusion 1, 2 and SDXL: a
+    longer one is split, where a sentence, clause or word ends, and cut after the last window. 1 cuts it after the
+    first, as diffusers does. Pipelines that read prompts by T5 or Gemma want 1."""
     height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
     """Pixels; 0 takes the pipeline's own. Set `width` too."""
     width: Annotated[int, Field(ge=0, multiple_of=8)] = 0
@@ -246,6 +286,15 @@ class Generate(Section):
     """Keep images with this CLIPScore (2.5 times the cosine with their caption) or more; 0 keeps all. Scores them."""
     keep_best: Limit = 0
     """Keep the N images of each caption with the highest CLIPScore; 0 keeps all. Scores them."""
+    safety_checker: str = ""
+    """Say how unsafe each image is (`unsafe`, 0 to 1), by Stable Diffusion's safety checker or an image classifier: a
+    folder in transformers format or a hub id. Empty: none. Scores the images too."""
+    safety_revision: str = ""
+    """Commit of a hub `safety_checker`; required for one."""
+    unsafe_label: str = ""
+    """Class of the classifier that means unsafe, such as `nsfw`; empty for Stable Diffusion's safety checker."""
+    max_unsafe: Fraction = 1.0
+    """Keep images that are at most so unsafe; 1 keeps all."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Generate:
@@ -255,6 +304,11 @@ class Generate(Section):
                 raise ValueError(f"prompt_template {template!r} lacks {{caption}} and {{label}} and is none of {sets}")
         if self.negative_prompt and self.guidance <= 1:
             raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
+        if not self.safety_checker and (self.unsafe_label or self.max_unsafe < 1):
+            raise ValueError(
+                f"max_unsafe = {self.max_unsafe} and unsafe_label = {self.unsafe_label!r} have no effect without "
+                "safety_checker: name one"
+            )
         if self.source == "pipeline" and self.keep_best > self.per_caption:
             raise ValueError(
                 f"keep_best = {self.keep_best} of per_caption = {self.per_caption}: it must be at most that"
@@ -263,6 +317,10 @@ class Generate(Section):
             raise ValueError(f"height = {self.height} and width = {self.width}: set both or neither")
         if (self.source == "import") != bool(self.import_path):
             raise ValueError('source = "import" and import_path = "..." go together: set both or neither')
+        if self.rewrite.lm and self.source == "import":
+            raise ValueError('rewrite.lm writes prompts and source = "import" draws nothing: set one of them')
+        if self.rewrite.lm and not any("{caption}" in template for template in self.prompt_template):
+            raise ValueError("rewrite.lm has no effect: no prompt_template holds {caption}")
         if self.source == "import" and self.mix:
             raise ValueError('mix names generators and source = "import" draws nothing: set one of them')
         names = [each.name for each in self.mix]

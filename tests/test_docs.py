@@ -27,6 +27,7 @@ FIRST = ("README.md", "docs/getting-started.md", "docs/concepts.md", *(f"docs/gu
 NOT_RUN = [
     ("docs/getting-started.md", "the first command of README.md, five minutes"),
     ("docs/guides/generate.md", "needs hub weights"),
+    ("docs/guides/generate.md", "needs hub weights"),
     ("docs/guides/align.md", "needs hub weights"),
     ("docs/guides/search.md", "serves until Ctrl-C"),
 ]

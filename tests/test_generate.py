@@ -367,7 +367,7 @@ CHANGES: dict[str, Any] = {
 }
 OTHERWISE_TESTED = {
     *("score", "min_clip_score", "keep_best"),
-    *("mix", "strength"),
+    *("mix", "strength", "rewrite"),
     "source",
     "import_path",
     "model",
@@ -378,6 +378,8 @@ OTHERWISE_TESTED = {
     "quality",
     "lora",
     "lora_scale",
+    "prompt_windows",
+    *("safety_checker", "safety_revision", "unsafe_label", "max_unsafe"),
 }
 
 

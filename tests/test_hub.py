@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
+import small_checkers
 from local_hub import Hub, commit_of, local_hub
 from preloaded import preloaded
 
@@ -23,6 +24,7 @@ SMALL = (
     *("data.train_limit=6", "data.test_limit=4", "generate.steps=1", "align.steps=1", "align.batch_size=4"),
     *("align.validation=0", "train.steps=1", "train.batch_size=4", 'train.tasks=["clipcap"]'),
     *('train.arms=["real", "generated-aligned"]', "embed.gap_count=2", "eval.clip_score=false"),
+    *("generate.unsafe_label=nsfw", "generate.name=small"),
 )
 
 
@@ -35,7 +37,14 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (clip / name).write_text(json.dumps({"model_type": "clip", "file": name}))
     for name in ("pytorch_model.bin", "tf_model.h5", "model.safetensors"):
         (clip / name).write_bytes(b"not read")
-    return {"small/clip": clip, "small/pipeline": WEIGHTS / "pipeline", "small/lm": WEIGHTS / "lm"}
+    checker = small_checkers.classifier(clip.parent / "checker")
+    (checker / "pytorch_model.bin").write_bytes(b"not read")
+    return {
+        "small/clip": clip,
+        "small/pipeline": WEIGHTS / "pipeline",
+        "small/lm": WEIGHTS / "lm",
+        "small/checker": checker,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +86,11 @@ def test_a_run_from_hub_weights_is_the_run_from_the_same_weights_on_disk(
         *("generate.model=small/pipeline", f"generate.revision={commits['small/pipeline']}"),
         *("model.clip=hf-hub:small/clip", f"model.revision={commits['small/clip']}"),
         *("train.lm=small/lm", f"train.lm_revision={commits['small/lm']}"),
+        *("generate.safety_checker=small/checker", f"generate.safety_revision={commits['small/checker']}"),
     )
+    local = (f"generate.safety_checker={repositories['small/checker']}",)
     runs = {}
-    for name, given in (("hub", models), ("disk", ())):
+    for name, given in (("hub", models), ("disk", local)):
         done = gmail("run", "tiny", "--run", name, *_settings(*SMALL, *given))
         assert done.returncode == 0, done.stderr
         runs[name] = Workspace(user / "runs", name)
@@ -87,7 +98,13 @@ def test_a_run_from_hub_weights_is_the_run_from_the_same_weights_on_disk(
     assert {line.partition("@")[0] for line in fetched} == set(repositories)
     clip = {line.rpartition("/")[2] for line in fetched if line.startswith("small/clip@")}
     assert clip == {*OF_TRANSFORMERS, *(path.name for path in (WEIGHTS / "clip").iterdir())}, "one file of weights"
-    for stage, kind in (("generate", ".png"), ("align", ".safetensors"), ("train", ".safetensors")):
+    assert not [line for line in fetched if line.endswith("checker/pytorch_model.bin")]
+    for stage, kind in (
+        ("generate", ".png"),
+        ("generate", "records.jsonl"),
+        ("align", ".safetensors"),
+        ("train", ".safetensors"),
+    ):
         hubs, disks = (_latest(runs[name], stage) for name in ("hub", "disk"))
         assert hubs.digest != disks.digest
         assert _hashes(hubs, kind) == _hashes(disks, kind), stage

@@ -12,13 +12,16 @@ from gmail_cli.errors import SetupError
 from gmail_cli.trackers import PACKAGES, Trackers
 
 
-def test_rows_are_sent_once_and_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_are_sent_once_and_in_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sent: list[tuple[dict[str, float], int]] = []
-    closed: list[str] = []
+    closed: list[bool] = []
 
     def opened(run: str, folder: Path, settings: dict[str, object]):
         assert (run, folder, settings) == ("r", tmp_path / "tensorboard", {"align.lr": 0.1})
-        return lambda values, step: sent.append((dict(values), step)), lambda: closed.append(run)
+        print("opened")
+        return lambda values, step: (print("sent"), sent.append((dict(values), step))), closed.append
 
     monkeypatch.setitem(sys.modules["gmail_cli.trackers"]._OPEN, "tensorboard", opened)
     monkeypatch.setitem(PACKAGES, "tensorboard", "json")
@@ -31,7 +34,17 @@ def test_rows_are_sent_once_and_in_order(monkeypatch: pytest.MonkeyPatch, tmp_pa
         track("align", curve)
         track("cell", curve[:1])
     assert sent == [({"align/loss": 2.0}, 10), ({"align/loss": 1.0}, 20), ({"cell/loss": 2.0}, 10)]
-    assert closed == ["r"]
+    assert closed == [False]
+    told = capsys.readouterr()
+    assert told.out == ""  # that is where results go
+    assert "opened" in told.err
+    assert "sent" in told.err
+    with (
+        pytest.raises(ValueError, match="broke off"),
+        Trackers(["tensorboard"], run="r", folder=tmp_path, settings=settings),
+    ):
+        raise ValueError("broke off")
+    assert closed == [False, True]
 
 
 @pytest.mark.parametrize("name", [name for name in PACKAGES if importlib.util.find_spec(PACKAGES[name]) is None])

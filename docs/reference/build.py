@@ -33,6 +33,7 @@ def profile_page() -> str:
         lines += _section(section, f"`[{name}]`")
         if section is profiles.Generate:
             lines += _section(profiles.Generator, "`[[generate.mix]]`")
+            lines += _section(profiles.Rewrite, "`[generate.rewrite]`")
     return "\n".join(lines).rstrip() + "\n"
 
 

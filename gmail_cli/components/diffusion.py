@@ -17,12 +17,14 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from gmail_cli.components import hub
+from gmail_cli.components.windows import Windows
 from gmail_cli.errors import InputError, SetupError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
 ATTEMPTS = 4
 """How often a blank image is drawn before the run stops."""
+REACH = 8
+"""How many batches ahead prompts of as many windows are looked for; so many batches of finished images may wait."""
 _DISTILLED = ("LCMScheduler", "TCDScheduler")
 """Schedulers of distilled models: they take the place of those that diffusers calls compatible with one another, though
 not on its lists."""
@@ -90,6 +94,7 @@ class Sampling:
         width: Pixels; 0 for the pipeline's own.
         batch_size: Rows in every call of the pipeline, padded when fewer remain.
         strength: Share of the noise that is laid on a real image to begin with; 0 begins with noise alone.
+        prompt_windows: Windows of the text encoder's length that a prompt may fill, see `windows`; 1 cuts longer ones.
         seed: Part of every image's seed.
     """
 
@@ -100,6 +105,7 @@ class Sampling:
     width: int = 0
     batch_size: int = 8
     strength: float = 0.0
+    prompt_windows: int = 1
     seed: int = 0
 
 
@@ -112,7 +118,7 @@ class Drawn:
         pixels: uint8 array, [height, width, 3], RGB.
         seed: The seed of its generator: ``torch.Generator().manual_seed(seed)`` repeats its noise.
         attempt: 0, or how many blank images were thrown away before this one.
-        truncated: Whether the caption is longer than every text encoder of the pipeline reads.
+        truncated: Whether the prompt is longer than every text encoder of the pipeline reads, in all its windows.
     """
 
     job: Job
@@ -309,20 +315,27 @@ class Sampler:
                 f"generate.negative_prompt: {type(pipeline).__name__} takes no negative prompt",
                 hint="set generate.negative_prompt to an empty string",
             )
+        self.windows: Windows | None = None
+        if sampling.prompt_windows > 1:
+            negative = sampling.negative_prompt if sampling.guidance > 1 else None
+            self.windows = Windows(pipeline, most=sampling.prompt_windows, negative_prompt=negative)
 
-    def draw(self, jobs: Sequence[Job], *, start: int = 0, stop: int | None = None) -> Iterator[list[Drawn]]:
-        """Draw ``jobs`` batch by batch, in order.
+    def draw(
+        self, jobs: Sequence[Job], *, first: int = 0, start: int = 0, stop: int | None = None
+    ) -> Iterator[list[Drawn]]:
+        """Draw ``jobs`` batch by batch, and give the images in order.
 
-        Batches are cut from ``jobs`` before the first ``start`` are left out, so that a run that starts again shows the
-        network the very batches that the first run would have shown it.
+        Batches are made up from job ``first`` on, whatever ``start``, so that a run that starts again shows the network
+        the very batches that the first run would have shown it.
 
         Args:
             jobs: What to draw; a caption's k side by side lets its encoding be reused.
-            start: How many of them exist already.
+            first: Where batches begin.
+            start: Where the images begin that do not exist yet.
             stop: Where to end; None draws all.
 
         Yields:
-            The new images of each batch.
+            New images that are next in order, after each batch that makes some ready.
 
         Raises:
             SetupError: An image that stays blank or not-a-number through `ATTEMPTS` seeds.
@@ -331,17 +344,36 @@ class Sampler:
         """
         if self._encodings is None or self._encodings.jobs is not jobs:
             self._encodings = _Encodings(self, jobs)
-        encode, size = self._encodings, self.sampling.batch_size
+        encode = self._encodings
         stop = len(jobs) if stop is None else min(stop, len(jobs))
-        for first in range(start - start % size, stop, size):
-            batch = jobs[first : min(first + size, stop)]
-            encode.look_ahead(first)
+        waiting: dict[int, Drawn] = {}
+        for rows in self._batches(jobs, range(first, stop)):
+            if rows[-1] < start:
+                continue
+            batch = [jobs[row] for row in rows]
+            encode.look_ahead(rows[0])
             truncated = self._truncated([job.prompt for job in batch])
             drawn = [
                 Drawn(job, pixels, derived_seed(job, seed=self.sampling.seed, attempt=attempt), attempt, cut)
                 for job, (pixels, attempt), cut in zip(batch, self._batch(batch, encode), truncated, strict=True)
             ]
-            yield drawn[max(0, start - first) :]
+            waiting |= zip(rows, drawn, strict=True)
+            ready = [waiting.pop(row) for row in takewhile(waiting.__contains__, range(start, stop))]
+            start += len(ready)
+            if ready:
+                yield ready
+
+    def _batches(self, jobs: Sequence[Job], rows: range) -> Iterator[list[int]]:
+        """Which rows are drawn together: the first that is left and the next with as many windows."""
+        size, left, ahead = self.sampling.batch_size, list[int](), rows.start
+        while left or ahead < rows.stop:
+            edge = min((left[0] if left else ahead) + REACH * size, rows.stop)
+            left += range(ahead, edge)
+            ahead = max(ahead, edge)
+            counts = [self.windows.count(jobs[row].prompt) if self.windows else 1 for row in left]
+            batch = [row for row, count in zip(left, counts, strict=True) if count == counts[0]][:size]
+            yield batch
+            left = [row for row in left if row not in batch]
 
     def _batch(self, batch: Sequence[Job], encode: _Encodings) -> list[tuple[Any, int]]:
         """Pixels and attempt of every job of one batch; blank rows are drawn again in a batch of the same shape."""
@@ -455,6 +487,8 @@ class Sampler:
 
     def _truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt is cut by every tokenizer of the pipeline."""
+        if self.windows:
+            return [self.windows.cut(prompt).truncated for prompt in prompts]
         names = ("tokenizer", "tokenizer_2", "tokenizer_3")
         tokenizers = [t for name in names if (t := getattr(self.pipeline, name, None)) is not None]
         longest = self.accepted["max_sequence_length"].default if "max_sequence_length" in self.accepted else None
@@ -506,7 +540,8 @@ class _Encodings:
         names = self._kept[prompts[0]]
         encoded: dict[str, Any] = {name: torch.stack([self._kept[each][name] for each in prompts]) for name in names}
         for name, negative in self._negative.items():
-            encoded[name] = negative.expand(len(prompts), *negative.shape[1:])
+            own = negative[:, : encoded[name.removeprefix("negative_")].shape[1]]  # windows as these prompts have
+            encoded[name] = own.expand(len(prompts), *own.shape[1:])
         if self._negative:
             encoded["negative_prompt"] = None  # an empty text, in some pipelines, where it is not said
         return encoded
@@ -523,6 +558,11 @@ class _Encodings:
         pipeline, sampling = self._sampler.pipeline, self._sampler.sampling
         accepted = inspect.signature(pipeline.encode_prompt).parameters
         size = sampling.batch_size
+        windows = self._sampler.windows
+        if windows:
+            if sampling.guidance > 1 and not self._negative:
+                self._negative = windows.encode_negative(batch_size=size)
+            return windows.encode(prompts, batch_size=size)
         given = {
             "prompt": _full(list(prompts), size),
             "device": pipeline._execution_device,

@@ -305,13 +305,16 @@ class _Translator(nn.Module):
 
 
 @torch.random.fork_rng(devices=[])  # building a model draws random numbers, which the caller's must not depend on
-def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_lm(
+    ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.float32, key: str = "train.lm"
+) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
     Args:
         ref: ``tiny`` (shipped), a folder in transformers format, or a hub id.
         revision: Commit of a hub model.
         dtype: Of its weights.
+        key: The profile key that names it, for messages.
 
     Raises:
         SetupError: The model can be neither found nor fetched.
@@ -325,7 +328,7 @@ def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.f
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or None)
         lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
-        reason, hint = str(error), "Give tiny, a folder in transformers format, or a hub id with train.lm."
+        reason, hint = str(error), f"Give tiny, a folder in transformers format, or a hub id with {key}."
         if revision:
             reason, hint = hub.explain(error, place, revision=revision)
         raise SetupError(f"the language model {ref!s} cannot be loaded: {reason}", hint=hint) from error

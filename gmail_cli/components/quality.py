@@ -128,18 +128,22 @@ def sanity(data: bytes, *, name: str = "image") -> Row:
     return {"contrast": _rounded(grey.std()), "detail": _rounded(np.mean(steps)) if steps else 0.0}
 
 
-def choose(rows: Sequence[Mapping[str, Any]], *, minimum: float, best: int) -> list[str]:
+def choose(rows: Sequence[Mapping[str, Any]], *, minimum: float, best: int, most_unsafe: float = 1.0) -> list[str]:
     """Why each image is rejected; an empty text keeps it.
 
     Args:
-        rows: ``caption_id``, ``caption``, ``k`` and ``clip_score`` of each.
+        rows: ``caption_id``, ``caption``, ``k``, ``clip_score`` of each; where it was checked, ``unsafe``.
         minimum: Least CLIPScore.
         best: Images of each caption to keep, those of the highest scores, of equals the first; 0 for all.
+        most_unsafe: Highest value of ``unsafe``.
 
     Raises:
         InputError: None is kept.
     """
     reasons = ["" if row["clip_score"] >= minimum else f"clip_score below {minimum:g}" for row in rows]
+    for place, row in enumerate(rows):
+        if row.get("unsafe", 0) > most_unsafe:
+            reasons[place] = f"unsafe above {most_unsafe:g}"
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
         if not reasons[place]:
@@ -148,9 +152,16 @@ def choose(rows: Sequence[Mapping[str, Any]], *, minimum: float, best: int) -> l
         for place in sorted(group, key=lambda place: (-rows[place]["clip_score"], rows[place]["k"]))[best:]:
             reasons[place] = f"not among the {best} best of its caption"
     if all(reasons):
-        highest = max(row["clip_score"] for row in rows)
+        safe = [row for row in rows if row.get("unsafe", 0) <= most_unsafe]
+        if not safe:
+            least = min(row["unsafe"] for row in rows)
+            raise InputError(
+                f"all {len(rows)} images are more unsafe than {most_unsafe:g}; the lowest value is {least:.4g}",
+                hint="Raise generate.max_unsafe, or look at the images and at generate.unsafe_label.",
+            )
+        highest = max(row["clip_score"] for row in safe)
         raise InputError(
-            f"no image has a clip_score of {minimum:g} or more; the highest of {len(rows)} is {highest:.4g}",
+            f"no image has a clip_score of {minimum:g} or more; the highest of {len(safe)} is {highest:.4g}",
             hint="Lower generate.min_clip_score.",
         )
     return reasons

@@ -63,8 +63,9 @@ def table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
         **dict.fromkeys(("generator", "model", "settings", "sha256", "shard", "sample"), text),
         **dict.fromkeys(("offset", "bytes", "width", "height"), whole),
         "truncated": pa.bool_(),
+        "rewritten": text,
         **dict.fromkeys(("clip_score", "twin_similarity", "partner_similarity", "copy_similarity"), real),
         "copy_of": text,
-        **dict.fromkeys(("contrast", "detail"), real),
+        **dict.fromkeys(("contrast", "detail", "unsafe"), real),
     }
     return pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(list(kinds.items())))

@@ -1,4 +1,4 @@
-"""What several stages read: the sets that a profile names, the tables of an embed artifact."""
+"""What several stages read: the sets and language models that a profile names, the tables of an embed artifact."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from gmail_cli.artifacts import Artifact
+from gmail_cli.artifacts import Artifact, folder_digest
 from gmail_cli.components import captions, prompts, protocols
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.search import VectorIndex
@@ -149,3 +149,28 @@ def require_part(number: int, parts: int) -> None:
     """
     if not 1 <= number <= parts:
         raise UsageError(f"part {number} of {parts} does not exist", hint="Count the parts from 1: 1/4, 2/4, 3/4, 4/4.")
+
+
+def lm_digest(ref: str, *, revision: str, key: str, revision_key: str) -> str:
+    """What identifies a language model: its content, or its revision on a hub.
+
+    Args:
+        ref: ``tiny`` (shipped), a folder in transformers format, or a hub id.
+        revision: Commit of a hub model.
+        key: The profile key that names it, for messages.
+        revision_key: The one that names its revision.
+
+    Raises:
+        UsageError: A hub id without revision.
+    """
+    from gmail_cli.components.heads import SHIPPED_LMS
+
+    folder = SHIPPED_LMS.get(ref, Path(ref))
+    if folder.is_dir():
+        return folder_digest(folder)
+    if not revision:
+        raise UsageError(
+            f"{key} = {ref!r} is no folder, and a hub id needs {revision_key}",
+            hint=f"Set {revision_key} to a commit of the model's repository.",
+        )
+    return f"{ref}@{revision}"

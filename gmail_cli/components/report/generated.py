@@ -23,6 +23,7 @@ _SPREADS = (
     ("copy_similarity", "Likeness to the nearest real image", "cosine; near 1 it may be a copy"),
     ("contrast", "Contrast", "standard deviation of the brightness; 0 is one colour"),
     ("detail", "Detail", "mean step between neighbouring pixels; low is blurred or empty, 0.3 is noise"),
+    ("unsafe", "Unsafe", "by the safety checker; 1 is certainly"),
 )
 _WORST = (
     ("clip_score", False, "Least like their captions", "The lowest CLIPScore, one image of each caption."),
@@ -101,7 +102,7 @@ def _facts(rows: Sequence[Row], rejected: Sequence[Row], summary: Mapping[str, A
 
 
 def _values(rows: Sequence[Row], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows if row[name] is not None], dtype=np.float64)
+    return np.array([row[name] for row in rows if row.get(name) is not None], dtype=np.float64)
 
 
 def _worst(

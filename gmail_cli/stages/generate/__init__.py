@@ -12,7 +12,7 @@ from __future__ import annotations
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace
 from gmail_cli.profile import Profile
 from gmail_cli.stages import sources
-from gmail_cli.stages.generate.choosing import afterwards, chosen_key, filtered, scored_key
+from gmail_cli.stages.generate.choosing import afterwards, checker_of, chosen_key, filtered, scored, scored_key
 from gmail_cli.stages.generate.drawing import Progress, Work
 from gmail_cli.stages.generate.mixing import Mixture
 
@@ -26,7 +26,7 @@ def plan_key(profile: Profile) -> StageKey:
     """
     key = _work(profile).key
     generate = profile.generate
-    if generate.score or filtered(generate):
+    if scored(generate):
         key = scored_key(profile, key)
     return chosen_key(profile, key) if filtered(generate) else key
 
@@ -40,13 +40,14 @@ def run(profile: Profile, workspace: Workspace, *, progress: Progress | None = N
     Args:
         profile: What is read of it: ``generate``, ``data``, ``runtime`` and ``seed``.
         workspace: Where the artifact goes.
-        progress: Called with (images done, images in all).
+        progress: Called with (images done, images in all); with ``generate.rewrite`` prompts count too.
 
     Returns:
         The artifact: ``images/<000>/<key>.<ext>`` and ``records.jsonl`` with one object per image: key, caption_id,
         caption, owner, label, k, seed, attempt, sha256, path, bytes, width, height, truncated, generator; with
-        ``generate.score`` also its scores, and in ``rejected.jsonl`` those that ``min_clip_score`` or ``keep_best``
-        left out.
+        ``generate.rewrite`` also ``rewritten``, what a language model made of the caption (None where nothing usable);
+        with ``generate.score`` or ``generate.safety_checker`` also its scores, and in ``rejected.jsonl`` those that
+        ``min_clip_score``, ``keep_best`` or ``max_unsafe`` left out.
 
     Raises:
         InputError: Captions or images that are missing or corrupt.
@@ -54,7 +55,7 @@ def run(profile: Profile, workspace: Workspace, *, progress: Progress | None = N
         UsageError: Settings that do not fit the model.
         KeyboardInterrupt: After Ctrl-C, when the batch in progress is on disk.
     """
-    made = _work(profile).make(workspace, progress=progress)
+    made = _work_in(workspace, profile).make(workspace, progress=progress)
     return afterwards(profile, workspace, made, progress=progress)
 
 
@@ -76,8 +77,16 @@ def run_part(
         UsageError: As ``run``; or i is not one of 1 to n.
     """
     sources.require_part(*part)
-    made = _work(profile).make_part(workspace, part=part, progress=progress)
+    made = _work_in(workspace, profile).make_part(workspace, part=part, progress=progress)
     return made if isinstance(made, Waiting) else afterwards(profile, workspace, made, progress=None)
+
+
+def _work_in(workspace: Workspace, profile: Profile) -> Work | Mixture:
+    """What a profile asks for; before images are drawn, what is wrong with a safety checker is said."""
+    work = _work(profile)
+    if profile.generate.safety_checker and workspace.find(work.key) is None:
+        checker_of(profile.generate)
+    return work
 
 
 def _work(profile: Profile) -> Work | Mixture:

@@ -36,8 +36,9 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
         batches: How many to draw now, after one that is not counted, to tell time and disk from; nothing is written.
 
     Returns:
-        images, captions; with ``batches`` also seconds_per_image, seconds, bytes_per_image and bytes, and where
-        ``generate.batch_size`` does not fit the memory, ``batch_size``: name of a generator -> a size that fits.
+        images, captions, with ``generate.rewrite`` also prompts, how many are to be written; with ``batches`` also
+        seconds_per_prompt, seconds_per_image, seconds, bytes_per_image and bytes, and where ``generate.batch_size``
+        does not fit the memory, ``batch_size``: name of a generator -> a size that fits.
 
     Raises:
         UsageError: Imported images are not drawn.
@@ -46,10 +47,14 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
     works = list(mixture.works.values()) if mixture else [Work(profile)]
     plan = mixture.plan if mixture else works[0].plan
     told: Record = {"images": len(plan), "captions": plan.captions}
+    prompts = [work.prompts for work in works if work.prompts is not None]
+    if prompts:
+        told["prompts"] = sum(each.count for each in prompts)
     if not batches:
         return told
     if profile.generate.source == "import":
         raise UsageError("--warm-up: imported images are not drawn", hint="Leave --warm-up out.")
+    writing = sum(each.seconds_each(batches) * each.count for each in prompts)
     seconds = size = 0.0
     smaller: dict[str, int] = {}
     for work in works:
@@ -58,9 +63,11 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
         size += cost.bytes * len(work.plan)
         if cost.batch_size < work.profile.generate.batch_size:
             smaller[work.key.settings["name"]] = cost.batch_size
+        work.unload()
     return told | {
+        **({"seconds_per_prompt": writing / told["prompts"]} if prompts else {}),
         "seconds_per_image": seconds / len(plan),
-        "seconds": seconds,
+        "seconds": seconds + writing,
         "bytes_per_image": int(size / len(plan)),
         "bytes": int(size),
         **({"batch_size": smaller} if smaller else {}),
@@ -139,7 +146,13 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
         templates = templates_of(again.generate)
         jobs = []
         for record in (records[row] for row in chosen):
-            told = prompt(templates, record["caption"], label=record["label"], k=record["k"])
+            told = prompt(
+                templates,
+                record["caption"],
+                label=record["label"],
+                k=record["k"],
+                written=record.get("rewritten"),  # as it was written then
+            )
             jobs.append(diffusion.Job(record["caption_id"], told, record["k"], record["owner"]))
         sampler, device = load_sampler(again, dataset=read(again) if again.generate.strength else None)
         alike = device.split(":")[0] == str(artifact.manifest["device"]).split(":")[0]
@@ -176,8 +189,9 @@ def _as_drawn(profile: Profile, artifact: Artifact, *, name: str, own: Record, m
                 f"generate.{setting} = {getattr(given, setting)!r} is not the {what} that drew {artifact.path}",
                 hint=f"Name it with --set generate.{setting}=... (and generate.revision, of a hub model).",
             )
-    kept = {name: value for name, value in own.items() if name not in ("name", "share", *AFTERWARDS)}
-    drawing = Generate.model_validate({**given.model_dump(), "strength": 0.0, "keep_best": 0, **kept})
+    kept = {name: value for name, value in own.items() if name not in ("name", "share", "rewrite", *AFTERWARDS)}
+    unsaid = {"rewrite": {}, "strength": 0.0, "prompt_windows": 1, "keep_best": 0}
+    drawing = Generate.model_validate({**given.model_dump(), **unsaid, **kept})
     return profile.model_copy(update={"generate": drawing, "seed": seed})
 
 

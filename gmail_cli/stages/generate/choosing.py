@@ -6,18 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, canonical_json
-from gmail_cli.errors import InputError
+from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, canonical_json, folder_digest
+from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Generate, Profile
 from gmail_cli.stages import features, sources
 from gmail_cli.stages.generate.drawing import RECORDS, Progress
 from gmail_cli.stages.generate.planning import Record, limit_of
+from gmail_cli.stages.generate.writing import counted
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from gmail_cli.components.captions import Dataset
     from gmail_cli.components.encoders import Clip
+    from gmail_cli.components.safety import SafetyChecker
 
 REJECTED = "rejected.jsonl"
 REPORT = "report.html"
@@ -26,12 +29,16 @@ SCORES = 2
 
 
 def filtered(generate: Generate) -> bool:
-    return generate.min_clip_score > 0 or generate.keep_best > 0
+    return generate.min_clip_score > 0 or generate.keep_best > 0 or generate.max_unsafe < 1
+
+
+def scored(generate: Generate) -> bool:
+    return generate.score or filtered(generate) or bool(generate.safety_checker)
 
 
 def afterwards(profile: Profile, workspace: Workspace, made: Artifact, *, progress: Progress | None) -> Artifact:
     """Score and choose among the images of an artifact, as far as the profile asks for it."""
-    if profile.generate.score or filtered(profile.generate):
+    if scored(profile.generate):
         made = _score(profile, workspace, made, progress=progress)
     return _choose(profile, workspace, made) if filtered(profile.generate) else made
 
@@ -44,13 +51,49 @@ def scored_key(profile: Profile, drawn: StageKey) -> StageKey:
     real = partners(profile)
     if real is not None:
         inputs["partners"] = real.fingerprint
-    return replace(
-        drawn, settings={**drawn.settings, "score": SCORES}, inputs=inputs, models={**drawn.models, "clip": clip}
+    settings, models = {**drawn.settings, "score": SCORES}, {**drawn.models, "clip": clip}
+    generate = profile.generate
+    if generate.safety_checker:
+        settings["unsafe_label"] = generate.unsafe_label
+        models["safety_checker"] = _checker_digest(generate)
+    return replace(drawn, settings=settings, inputs=inputs, models=models)
+
+
+def checker_of(generate: Generate, *, device: str | torch.device = "cpu") -> SafetyChecker:
+    """The safety checker, loaded; raises what `safety.load_checker` raises, and as `scored_key`."""
+    from gmail_cli.components import safety
+
+    _checker_digest(generate)
+    return safety.load_checker(
+        generate.safety_checker, revision=generate.safety_revision, label=generate.unsafe_label, device=device
     )
 
 
+def _checker_digest(generate: Generate) -> str:
+    """Which weights say what is unsafe.
+
+    Raises:
+        InputError: No such folder.
+        UsageError: A hub id without its revision.
+    """
+    from gmail_cli.components import safety
+
+    folder = safety.locate(generate.safety_checker)
+    if folder is not None:
+        return folder_digest(folder, suffixes=(".json", ".safetensors"))
+    if not generate.safety_revision:
+        raise UsageError(
+            f"generate.safety_checker = {generate.safety_checker!r} is a hub id without generate.safety_revision",
+            hint="set generate.safety_revision to a commit of the model's repository",
+        )
+    return f"{generate.safety_checker}@{generate.safety_revision}"
+
+
 def chosen_key(profile: Profile, scored: StageKey) -> StageKey:
-    chosen = {name: getattr(profile.generate, name) for name in ("min_clip_score", "keep_best")}
+    generate = profile.generate
+    chosen = {"min_clip_score": generate.min_clip_score, "keep_best": generate.keep_best}
+    if generate.max_unsafe < 1:
+        chosen["max_unsafe"] = generate.max_unsafe
     return replace(scored, settings={**scored.settings, **chosen}, inputs={**scored.inputs, "scored": scored.digest})
 
 
@@ -77,10 +120,13 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
         captions = [each.caption for each in images.rows]
         if not all(captions):
             bare = next(each for each in images.rows if not each.caption)
-            raise InputError(f"image {bare.key!r} has no caption to score it by", hint="Set generate.score = false.")
+            hint = "Set generate.score = false and name no generate.safety_checker."
+            raise InputError(f"image {bare.key!r} has no caption to score it by", hint=hint)
         device = encoders.pick_device(profile.runtime.device)
         parts = quality.chunks([f"{each.caption_id} {each.caption}" for each in images.rows])
         clip: Clip | None = None
+        checker: SafetyChecker | None = None
+        generate, workers = profile.generate, profile.runtime.workers
         real = partners(profile)
         held: quality.RealImages | None = None
         for part in parts:
@@ -97,17 +143,16 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
                             _embedded(profile, workspace, slot, clip, real),
                             [row_of[each.owner] for each in images.rows],
                         )
-                    log.keep(0)
-                    log.append(
-                        quality.score(
-                            clip,
-                            part,
-                            image_bytes=images.image_bytes,
-                            captions=captions,
-                            real=held,
-                            workers=profile.runtime.workers,
-                        )
+                    content = images.image_bytes
+                    found = quality.score(
+                        clip, part, image_bytes=content, captions=captions, real=held, workers=workers
                     )
+                    if generate.safety_checker:
+                        checker = checker or checker_of(generate, device=device)
+                        unsafe = checker.score(content, part, workers=workers)
+                        found = [row | {"unsafe": value} for row, value in zip(found, unsafe, strict=True)]
+                    log.keep(0)
+                    log.append(found)
                     log.complete()
             if progress:
                 progress(part.stop, len(images))
@@ -117,8 +162,8 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
         slot.write_jsonl(RECORDS, rows)
         told = {
             name: quality.summarise(values)
-            for name in quality.COLUMNS
-            if (values := [row[name] for row in rows if row[name] is not None])
+            for name in (*quality.COLUMNS, "unsafe")
+            if (values := [row[name] for row in rows if row.get(name) is not None])
         }
         summary = {**drawn.summary, **told}
         slot.write_text(REPORT, _report(slot.key, drawn, summary, rows, rejected=(), real=real))
@@ -150,7 +195,9 @@ def _choose(profile: Profile, workspace: Workspace, scored: Artifact) -> Artifac
         if slot.done:
             return slot.artifact
         rows = scored.read_jsonl(RECORDS)
-        reasons = quality.choose(rows, minimum=generate.min_clip_score, best=generate.keep_best)
+        reasons = quality.choose(
+            rows, minimum=generate.min_clip_score, best=generate.keep_best, most_unsafe=generate.max_unsafe
+        )
         kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
         rejected = [row | {"reason": reason} for row, reason in zip(rows, reasons, strict=True) if reason]
         adopt_all(slot, scored, kept)
@@ -164,7 +211,9 @@ def _choose(profile: Profile, workspace: Workspace, scored: Artifact) -> Artifac
             "owners": len({row["owner"] for row in kept}),
             "truncated_share": sum(row["truncated"] for row in kept) / len(kept),
             "redrawn": sum(row["attempt"] > 0 for row in kept),
+            **counted(kept),
             "clip_score": quality.summarise([row["clip_score"] for row in kept]),
+            **({"unsafe": quality.summarise([row["unsafe"] for row in kept])} if generate.safety_checker else {}),
             "rejected": len(rejected),
             "captions_without_image": len({row["caption_id"] for row in rejected} - captions),
         }

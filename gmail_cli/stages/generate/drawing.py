@@ -7,6 +7,7 @@ import hashlib
 import io
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -16,7 +17,18 @@ from gmail_cli.artifacts import Artifact, RowLog, Slot, Waiting, Workspace
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError
 from gmail_cli.profile import Profile
-from gmail_cli.stages.generate.planning import Jobs, Plan, Planned, Record, key_of, planned_images, read, templates_of
+from gmail_cli.stages.generate.planning import (
+    Jobs,
+    Plan,
+    Planned,
+    Record,
+    device_of,
+    key_of,
+    planned_images,
+    read,
+    templates_of,
+)
+from gmail_cli.stages.generate.writing import Prompts, counted, free
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +55,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
     import torch
 
     generate = profile.generate
-    if profile.runtime.threads:
-        torch.set_num_threads(profile.runtime.threads)
-    device = profile.runtime.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(profile)
     pipeline = diffusion.load_pipeline(
         generate.model,
         revision=generate.revision,
@@ -66,6 +74,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
         width=generate.width,
         batch_size=generate.batch_size,
         strength=generate.strength,
+        prompt_windows=generate.prompt_windows,
         seed=profile.seed,
     )
     begins: Callable[[str], bytes] | None = None
@@ -115,6 +124,7 @@ class Work:
         step = size * max(1, SHARD // size)
         self.shards = [range(at, min(at + step, len(self.plan))) for at in range(0, len(self.plan), step)]
         self.jobs = Jobs(self.plan, templates=templates_of(generate))
+        self.prompts = Prompts(profile, self.plan) if generate.rewrite.lm else None
         self._sampler: diffusion.Sampler | None = None
         self._device = "cpu"
 
@@ -148,13 +158,14 @@ class Work:
             lost = [shard for shard in self.shards if not self._adopt(slot, shard)]
             if not lost:
                 break
-        told = {"truncated": 0, "redrawn": 0}
+        told = Counter[str]()
 
         def rows() -> Iterator[Record]:
             for shard in self.shards:
                 for record in self.log(slot, shard).read():
                     told["truncated"] += record["truncated"]
                     told["redrawn"] += record["attempt"] > 0
+                    told.update(counted([record]))
                     yield record
 
         slot.write_jsonl(RECORDS, rows())
@@ -166,23 +177,31 @@ class Work:
             "redrawn": told["redrawn"],
             "generator": self.key.settings["name"],
         }
+        if self.prompts is not None:
+            summary["not_rewritten"] = told["not_rewritten"]
         if self.profile.generate.source == "pipeline":
             summary |= _describe(self.sampler())
         return slot.commit(summary=summary, device=self._device)
 
     def fill(self, slot: Slot, shards: Sequence[range], *, progress: Progress | None) -> None:
-        """Make the images of shards that are missing and that no other process is making.
+        """Make the prompts and images of shards that are missing and that no other process is making.
 
         Raises:
             KeyboardInterrupt: After Ctrl-C, when the batch in progress is on disk.
         """
+        prompts = self.prompts
         missing = [shard for shard in shards if not self.log(slot, shard).is_complete()]
         total = sum(map(len, shards))
         done = total - sum(map(len, missing))
         if progress and not missing:
             progress(done, total)
         with _deferred_interrupt() as interrupted, ThreadPoolExecutor(max(1, self.profile.runtime.workers)) as pool:
+            if prompts is not None and missing:
+                there = (done, total)
+                progress = prompts.write(slot, missing, interrupted=interrupted, progress=progress, images=there)
             for shard in missing:
+                if prompts is not None and not prompts.log(slot, shard).is_complete():
+                    continue
                 log = self.log(slot, shard)
                 with log.claim() as mine:
                     if not mine:
@@ -190,7 +209,7 @@ class Work:
                     start = shard.start + self._whole(slot, shard, log)
                     done += start - shard.start
                     waiting: list[Future[Record]] = []
-                    for chunk in self._chunks(slot, range(start, shard.stop)):
+                    for chunk in self._chunks(slot, shard, start):
                         running = [pool.submit(task) for task in chunk]
                         done += _flush(log, waiting, progress=progress, done=done, total=total)
                         waiting = running
@@ -224,24 +243,33 @@ class Work:
                 return False
         return len(records) == len(shard)
 
-    def _chunks(self, slot: Slot, rows: range) -> Iterator[list[Task]]:
+    def _chunks(self, slot: Slot, shard: range, start: int) -> Iterator[list[Task]]:
         name = self.key.settings["name"]
         if self.profile.generate.source == "import":
-            return _imported(slot, self.plan, self.dataset, name=name, rows=rows)
-        return self._drawn(slot, name=name, rows=rows)
+            return _imported(slot, self.plan, self.dataset, name=name, rows=range(start, shard.stop))
+        return self._drawn(slot, shard, name=name, start=start)
 
-    def _drawn(self, slot: Slot, *, name: str, rows: range) -> Iterator[list[Task]]:
+    def _drawn(self, slot: Slot, shard: range, *, name: str, start: int) -> Iterator[list[Task]]:
         extension, quality = self.profile.generate.format, self.profile.generate.quality
+        jobs, written, before = self.jobs, None, 0
+        if self.prompts is not None:  # those of other shards need not be there yet
+            written, before = self.prompts.read(slot, shard), shard.start
+            images = self.plan[shard.start : shard.stop]
+            jobs = Jobs(images, templates=templates_of(self.profile.generate), written=written)
 
-        def task(planned: Planned, drawn: diffusion.Drawn) -> Record:
+        def task(position: int, drawn: diffusion.Drawn) -> Record:
             content = encode(drawn.pixels, extension=extension, quality=quality)
             made = {"seed": drawn.seed, "attempt": drawn.attempt, "truncated": drawn.truncated, "generator": name}
+            if written is not None:
+                made["rewritten"] = written[position - before]
             height, width, _ = drawn.pixels.shape
+            planned = self.plan[position]
             return _write(slot, planned, content, extension=extension, width=width, height=height) | made
 
-        position = rows.start
-        for batch in self.sampler().draw(self.jobs, start=rows.start, stop=rows.stop):
-            yield [partial(task, self.plan[position + row], drawn) for row, drawn in enumerate(batch)]
+        position = start
+        where = {"first": shard.start - before, "start": start - before, "stop": shard.stop - before}
+        for batch in self.sampler().draw(jobs, **where):
+            yield [partial(task, position + row, drawn) for row, drawn in enumerate(batch)]
             position += len(batch)
 
     def sampler(self) -> diffusion.Sampler:
@@ -249,6 +277,11 @@ class Work:
         if self._sampler is None:
             self._sampler, self._device = load_sampler(self.profile, dataset=self.dataset)
         return self._sampler
+
+    def unload(self) -> None:
+        """Forget the pipeline."""
+        self._sampler = None
+        free()
 
 
 def _flush(log: RowLog, waiting: Sequence[Future[Record]], *, progress: Progress | None, done: int, total: int) -> int:

@@ -7,12 +7,14 @@ own, drawn like any other, one generator after another; the mixture takes them o
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, canonical_json
 from gmail_cli.profile import Profile
 from gmail_cli.stages.generate.choosing import adopt_all
 from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work
 from gmail_cli.stages.generate.planning import Part, Planned, Record, generators, planned_images, read
+from gmail_cli.stages.generate.writing import counted
 
 
 class Mixture:
@@ -60,10 +62,13 @@ class Mixture:
     def make(self, workspace: Workspace, *, progress: Progress | None) -> Artifact:
         """Draw the images of each generator, and put them together."""
         made: dict[str, Artifact] = {}
-        before = 0
+        before, left = 0, len(self.plan)
         for name, work in self.works.items() if workspace.find(self.key) is None else ():
-            made[name] = work.make(workspace, progress=_after(progress, before, len(self.plan)))
-            before += len(work.plan)
+            left -= len(work.plan)
+            own = _Own(progress, before, left, count=len(work.plan))
+            made[name] = work.make(workspace, progress=progress and own)
+            work.unload()
+            before += own.count
         return self._merge(workspace, made)
 
     def make_part(
@@ -74,6 +79,7 @@ class Mixture:
         done = shards = 0
         for name, work in self.works.items():
             found = work.make_part(workspace, part=part, progress=progress)
+            work.unload()
             shards += len(work.shards)
             done += found.done if isinstance(found, Waiting) else len(work.shards)
             if not isinstance(found, Waiting):
@@ -97,6 +103,7 @@ class Mixture:
                 "owners": self.plan.owners,
                 "truncated_share": sum(record["truncated"] for record in every) / len(every),
                 "redrawn": sum(record["attempt"] > 0 for record in every),
+                **counted(every),
                 "generator": self.key.settings["name"],
                 "generators": {name: len(each) for name, each in records.items()},
             }
@@ -104,12 +111,23 @@ class Mixture:
             return slot.commit(summary=summary, device=", ".join(devices))
 
 
+@dataclass
+class _Own:
+    """Progress of one generator: of what it counts, its images or also its prompts, ``before`` are done already, and
+    ``left`` images come after ``count`` of its own."""
+
+    whole: Progress | None
+    before: int
+    left: int
+    count: int
+
+    def __call__(self, done: int, total: int) -> None:
+        self.count = total
+        if self.whole:
+            self.whole(self.before + done, self.before + total + self.left)
+
+
 def _place(planned: Planned, *, seed: int) -> float:
     """Where an image falls among the shares, in [0, 1): 53 bits of SHA-256 over (seed, caption id, caption, k)."""
     identity = canonical_json(["mix", seed, planned.caption_id, planned.caption, planned.k])
     return (int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") >> 11) / 2**53
-
-
-def _after(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Progress of a part that begins when ``before`` images are done."""
-    return progress and (lambda done, _: progress(before + done, total))

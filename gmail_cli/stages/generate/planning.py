@@ -26,11 +26,15 @@ PER_FOLDER = 1000
 """Images in one folder."""
 _PIPELINE_ONLY = (
     *("per_caption", "lora_scale", "dtype", "scheduler", "steps", "guidance", "strength", "prompt_template"),
-    *("negative_prompt", "height", "width", "batch_size", "format", "quality"),
+    *("rewrite", "negative_prompt", "height", "width", "batch_size", "format", "quality"),
+    "prompt_windows",
 )
 _BY_CONTENT = ("import_path", "model", "revision", "lora", "limit", "kinds", "captions_per_image", "mix")
 """Settings that enter a key through the content they choose: its inputs and models."""
-AFTERWARDS = ("score", "min_clip_score", "keep_best")
+AFTERWARDS = (
+    *("score", "min_clip_score", "keep_best"),
+    *("safety_checker", "safety_revision", "unsafe_label", "max_unsafe"),
+)
 """Settings of what is done with images once they are there: each makes another artifact, from the one without it."""
 
 Record = dict[str, Any]
@@ -89,6 +93,10 @@ class Plan(Sequence[Planned]):
         caption_id, text = (caption.id, caption.text) if caption else ("", "")
         return Planned(key, stem, caption_id, text, image.id, image.label, k)
 
+    def captions_in(self, images: range) -> int:
+        """Number of captions that a run of images belongs to."""
+        return (images.stop - 1) // self._per_caption - images.start // self._per_caption + 1
+
     @property
     def captions(self) -> int:
         """Number of captions."""
@@ -130,6 +138,10 @@ class Part(Plan):
     def _at(self, index: int) -> Planned:
         return self._whole[int(self._chosen[index])]
 
+    def captions_in(self, images: range) -> int:
+        """As :meth:`Plan.captions_in`."""
+        return len({each.caption_id for each in self[images.start : images.stop]})
+
     @property
     def captions(self) -> int:
         """Number of captions."""
@@ -159,6 +171,17 @@ def read(profile: Profile) -> Dataset:
     begins_real = any(each.strength > 0 for each in generators(generate).values())
     images = {"need_images": True} if begins_real else {"images": None}
     return sources.read({**sources.source(profile, part="train"), **images, "limit": limit_of(profile)})
+
+
+def device_of(profile: Profile) -> str:
+    """Where models are loaded to; torch gets the threads that the profile gives it."""
+    import torch
+
+    if profile.runtime.threads:
+        torch.set_num_threads(profile.runtime.threads)
+    if profile.runtime.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return profile.runtime.device
 
 
 def generators(generate: Generate) -> dict[str, Generate]:
@@ -224,6 +247,12 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
         del chosen["quality"]
     if not generate.lora:
         del chosen["lora_scale"]
+    if generate.rewrite.lm:
+        del chosen["rewrite"]["lm"], chosen["rewrite"]["revision"]
+    else:
+        del chosen["rewrite"]
+    if generate.prompt_windows == 1:
+        del chosen["prompt_windows"]
     place, folder = diffusion.locate(generate.model)
     if folder is None and not generate.revision:
         raise UsageError(
@@ -247,6 +276,9 @@ def models_of(generate: Generate) -> dict[str, str]:
     models = {"generator": folder_digest(folder) if folder else f"{place}@{generate.revision}"}
     if generate.lora:
         models["lora"] = file_sha256(diffusion.locate_lora(generate.lora))
+    if generate.rewrite.lm:
+        rewrite = {"key": "generate.rewrite.lm", "revision_key": "generate.rewrite.revision"}
+        models["rewrite"] = sources.lm_digest(generate.rewrite.lm, revision=generate.rewrite.revision, **rewrite)
     return models
 
 
@@ -261,11 +293,21 @@ def drawn_by(settings: Record, models: Record) -> dict[str, tuple[Record, Record
 
 
 class Jobs(Sequence[diffusion.Job]):
-    """What the pipeline is told for each image of a plan."""
+    """What the pipeline is told for each image of a plan.
 
-    def __init__(self, plan: Plan, *, templates: Sequence[str]) -> None:
+    Args:
+        plan: The images.
+        templates: As `templates_of` gives them.
+        written: For each image what a language model made of its caption, None where nothing; without it captions
+            stay as they are.
+    """
+
+    def __init__(
+        self, plan: Sequence[Planned], *, templates: Sequence[str], written: Sequence[str | None] | None = None
+    ) -> None:
         self._plan = plan
         self._templates = templates
+        self._written = written
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -280,7 +322,8 @@ class Jobs(Sequence[diffusion.Job]):
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
         planned = self._plan[index]
-        told = prompt(self._templates, planned.caption, label=planned.label, k=planned.k)
+        written = self._written[index] if self._written else None
+        told = prompt(self._templates, planned.caption, label=planned.label, k=planned.k, written=written)
         return diffusion.Job(planned.caption_id, told, planned.k, planned.owner)
 
 
@@ -297,8 +340,16 @@ def templates_of(generate: Generate) -> tuple[str, ...]:
     return tuple(found)
 
 
-def prompt(templates: Sequence[str], caption: str, *, label: str | None, k: int) -> str:
-    """What the pipeline is told for image ``k``; what stands in a caption is not taken for a place to fill."""
+def prompt(templates: Sequence[str], caption: str, *, label: str | None, k: int, written: str | None = None) -> str:
+    """What the pipeline is told for image ``k``; what stands in a caption is not taken for a place to fill.
+
+    Args:
+        templates: The image takes one of them.
+        caption: Stands for ``{original}``, and for ``{caption}`` unless something is written.
+        label: Stands for ``{label}``.
+        k: Which of the caption's images.
+        written: What a language model made of the caption; stands for ``{caption}``.
+    """
     template = templates[k % len(templates)]
-    filled = {"{caption}": caption, "{label}": label or ""}
-    return "".join(filled.get(part, part) for part in re.split(r"(\{caption\}|\{label\})", template))
+    filled = {"{caption}": caption if written is None else written, "{original}": caption, "{label}": label or ""}
+    return "".join(filled.get(part, part) for part in re.split(r"(\{(?:caption|original|label)\})", template))

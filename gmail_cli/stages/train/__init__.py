@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, file_sha256, folder_digest
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, require_file, settings
+from gmail_cli.stages import sources
 from gmail_cli.stages.features import Features
 from gmail_cli.stages.train.material import Inputs, device_of, features_of, material_of, read
 from gmail_cli.stages.train.tasks import (
@@ -26,7 +27,6 @@ from gmail_cli.stages.train.tasks import (
     TASKS,
     Cell,
     architecture,
-    lm_digest,
     reads_aligned,
     recipe_of,
     steps_of,
@@ -173,7 +173,9 @@ def _key(
         models["autoencoder"] = folder_digest(autoencoder_folder(train.autoencoder))
         del chosen["autoencoder"]
     if tasks & {"clipcap", "ifcap", "sitta", "llava"}:
-        models["lm"] = lm_digest(train.lm, train.lm_revision)
+        models["lm"] = sources.lm_digest(
+            train.lm, revision=train.lm_revision, key="train.lm", revision_key="train.lm_revision"
+        )
         del chosen["lm"], chosen["lm_revision"]
     if train.conversations and "conversations" in chosen:
         inputs["conversations"] = file_sha256(require_file(train.conversations, key="train.conversations"))

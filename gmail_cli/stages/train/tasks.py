@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gmail_cli.artifacts import folder_digest
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import ArmName, Profile, TaskName
 from gmail_cli.shipped import profile_folder
@@ -519,18 +518,3 @@ def architecture(ref: str) -> dict[str, Any]:
             hint="Give the path of a JSON file, or a name such as ViT-B-32.",
         )
     return {"model_cfg": found, "preprocess_cfg": {}}
-
-
-def lm_digest(ref: str, revision: str) -> str:
-    """What identifies a language model: its content, or its revision on a hub."""
-    from gmail_cli.components.heads import SHIPPED_LMS
-
-    folder = SHIPPED_LMS.get(ref, Path(ref))
-    if folder.is_dir():
-        return folder_digest(folder)
-    if not revision:
-        raise UsageError(
-            f"train.lm = {ref!r} is no folder, and a hub id needs train.lm_revision",
-            hint="Set train.lm_revision to a commit of the model's repository.",
-        )
-    return f"{ref}@{revision}"
