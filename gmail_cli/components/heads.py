@@ -305,25 +305,33 @@ class _Translator(nn.Module):
 
 
 @torch.random.fork_rng(devices=[])  # building a model draws random numbers, which the caller's must not depend on
-def load_lm(ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_lm(
+    ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.float32, empty: bool = False
+) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
     Args:
         ref: ``tiny`` (shipped), a folder in transformers format, or a hub id.
         revision: Commit of a hub model.
         dtype: Of its weights.
+        empty: Read no weights; they are on torch's ``meta`` device, to be filled from elsewhere.
 
     Raises:
         SetupError: The model can be neither found nor fetched.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     place = str(SHIPPED_LMS.get(str(ref), ref))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or None)
-        lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
+        if empty:
+            config = AutoConfig.from_pretrained(place, revision=revision or None)
+            with torch.device("meta"):
+                lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason, hint = str(error), "Give tiny, a folder in transformers format, or a hub id with train.lm."
         if revision:
