@@ -34,9 +34,9 @@ from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 SELF = Path(__file__)
 RECIPE = Recipe(steps=9, batch_size=6, lr=1e-2, restart=3, restart_lr=1e-2, ema=0.9, warmup=1, log_every=1)
 """Three steps of captions, in which the language model's update sleeps, and six of conversations."""
-LEGS = {  # processes, whether they share the language model out, and the step after which they die
+LEGS = {  # processes, whether they are to share the language model out, and the step after which they die
     "tied": [(2, True, 5), (3, True, 7), (1, False, None)],
-    "untied": [(1, False, 4), (2, True, None)],
+    "untied": [(1, True, 4), (2, True, None)],
 }
 
 
