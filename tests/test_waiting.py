@@ -21,7 +21,7 @@ from gmail_cli.artifacts import Workspace
 from gmail_cli.components import parallel
 
 SELF = Path(__file__)
-TIMEOUT, ALONE = 3.0, 4.5
+TIMEOUT, ALONE = 3.0, 4.0
 """Seconds: that a collective may take, and that the first process works alone at least."""
 
 
