@@ -661,6 +661,9 @@ class Runtime(Section):
     after a restart need the same number."""
     workers: Limit = 2
     """Threads that decode and encode images."""
+    sharding: Literal["none", "full"] = "none"
+    """`llava` under `torchrun`: each process holds the whole language model, or (`full`: FSDP2, ZeRO's third stage) its
+    share of the weights, gradients and moments, for models that no single GPU can hold."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_tuple)] = ()
     """Programs that also receive the loss curves as they grow; each needs its package. `metrics.jsonl` is always
     written."""

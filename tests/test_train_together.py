@@ -1,4 +1,5 @@
-"""``gmail train`` by several gloo processes: the curves of one, killed and gone on with another number of them."""
+"""``gmail train`` by several gloo processes: the curves of one, killed and gone on with another number of them, which
+share out the language model."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ WEIGHTS = {"clipcap": "head", "llava": "projector"}
 """Not a CLIP's: its key biases have no gradient but rounding, which AdamW makes steps of."""
 
 
-def profile_of(home: World, talks: Path) -> Profile:
+def profile_of(home: World, talks: Path, *, sharding: str = "none") -> Profile:
     settings: dict[str, Any] = {
         "tasks": list(TASKS),
         "arms": ["mixed"],
@@ -49,7 +50,8 @@ def profile_of(home: World, talks: Path) -> Profile:
         "lora_rank": 2,
         "conversations": str(talks),
     }
-    return home.profile(**settings)
+    profile = home.profile(**settings)
+    return profile.model_copy(update={"runtime": profile.runtime.model_copy(update={"sharding": sharding})})
 
 
 def write_talks(home: World) -> Path:
@@ -126,7 +128,8 @@ def start(home: World, results: Workspace, count: int) -> list[int]:
         if children[-1] == 0:
             os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            profile = profile_of(home, home.folder / "talks.json")
+            sharding = "full" if count == 3 else "none"
+            profile = profile_of(home, home.folder / "talks.json", sharding=sharding)
             plan.execute(profile, results, stages=["train"], given=home.inputs(), progress=lambda _: lambda *_: None)
             os._exit(0)
     return children

@@ -306,7 +306,12 @@ class _Translator(nn.Module):
 
 @torch.random.fork_rng(devices=[])  # building a model draws random numbers, which the caller's must not depend on
 def load_lm(
-    ref: str | Path, *, revision: str = "", dtype: torch.dtype = torch.float32, key: str = "train.lm"
+    ref: str | Path,
+    *,
+    revision: str = "",
+    dtype: torch.dtype = torch.float32,
+    key: str = "train.lm",
+    empty: bool = False,
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
@@ -315,18 +320,24 @@ def load_lm(
         revision: Commit of a hub model.
         dtype: Of its weights.
         key: The profile key that names it, for messages.
+        empty: Read no weights; they are on torch's ``meta`` device, to be filled from elsewhere.
 
     Raises:
         SetupError: The model can be neither found nor fetched.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     place = str(SHIPPED_LMS.get(str(ref), ref))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or None)
-        lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
+        if empty:
+            config = AutoConfig.from_pretrained(place, revision=revision or None)
+            with torch.device("meta"):
+                lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason, hint = str(error), f"Give tiny, a folder in transformers format, or a hub id with {key}."
         if revision:

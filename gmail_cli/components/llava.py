@@ -57,10 +57,10 @@ class Projector(nn.Module):
     The outputs start at the size of the language model's token embeddings.
     """
 
-    def __init__(self, dim: int, width: int, *, scale: float) -> None:
+    def __init__(self, dim: int, width: int, *, scale: Float[Tensor, ""]) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(dim, width), nn.Linear(width, width)
-        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("scale", scale)
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens width"]:
         return self.last(functional.gelu(self.first(tokens))) * self.scale
@@ -98,7 +98,7 @@ class Llava(nn.Module):
     ) -> None:
         super().__init__()
         embeddings = lm.get_input_embeddings()
-        scale = float(embeddings.weight.detach().float().std())
+        scale = embeddings.weight.detach().float().std()
         self.dim, self.about, self.tokenizer = dim, about, tokenizer
         self.real = Projector(dim, embeddings.embedding_dim, scale=scale)
         self.generated = copy.deepcopy(self.real) if dual else None
@@ -267,7 +267,6 @@ def llava_job(
         InputError: A sequence without a supervised token.
     """
     chat = model.chat(limit=conversation_tokens)
-    device = model.real.first.weight.device
     stages: list[_Rows] = []
     if recipe.restart:
         stages.append(_Rows([chat.caption(text, limit=caption_tokens) for text in pairs.texts], pad=chat.end))
@@ -302,6 +301,7 @@ def llava_job(
             seen = slice(*(sum(found is not None for found in choices[:stop]) for stop in (share.start, share.stop)))
         tokens, flow = arm.draw(captions) if len(captions) else (torch.empty(0, 1, model.dim), torch.ones(0).bool())
         tokens = tokens[:, None] if tokens.ndim == 2 else tokens
+        device = model.real.first.weight.device
         moved = [each.to(device) for each in (ids, labels, tokens[seen], flow[seen], lengths)]
         return parallel.add(model(*moved, adapted=not first) * weight)
 

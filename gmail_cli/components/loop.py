@@ -93,6 +93,8 @@ class Job:
         rows: As `fit` wants it.
         export: Writes the trained result into an empty folder.
         evaluate: Measures the trained result, where the task has a measure of its own.
+        share: Shares the module out among the ranks, which call it together before `fit`, where it is not to be whole
+            on each.
     """
 
     module: nn.Module
@@ -100,6 +102,7 @@ class Job:
     rows: int | Callable[[int], np.ndarray]
     export: Callable[[Path], None]
     evaluate: Callable[[], dict[str, float]] | None = None
+    share: Callable[[], None] | None = None
 
 
 def seed_from(*parts: int | str) -> int:
@@ -178,13 +181,9 @@ class _State:
         self.buffers = {n: b for n, b in module.named_buffers() if n in persistent}
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         others = [p for p in self.parameters.values() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas, fused=True
-        )
+        groups = [{"params": kind, "weight_decay": recipe.weight_decay} for kind in parallel.apart(matrices)]
+        groups += [{"params": kind, "weight_decay": 0.0} for kind in parallel.apart(others)]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
         self.ema = None if recipe.ema is None else {n: p.detach().clone() for n, p in self.parameters.items()}
         self.curve: list[Row] = []
         self.step = 0
@@ -195,7 +194,7 @@ class _State:
         held |= {f"ema/{n}": p for n, p in (self.ema or {}).items()}
         for name, parameter in self.parameters.items():
             held |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
-        held = {name: value.detach().cpu().contiguous() for name, value in held.items()}
+        held = {name: parallel.whole(value.detach()).cpu().contiguous() for name, value in held.items()}
         for key in self.curve[0] if self.curve else ():
             held[f"curve/{key}"] = torch.tensor([row[key] for row in self.curve], dtype=torch.float64)
         held["step"] = torch.tensor(self.step)
@@ -212,12 +211,13 @@ class _State:
                     hint="Remove the .partial folder of this stage and start it again.",
                 )
             with torch.no_grad():
-                target.copy_(held[name])
+                target.copy_(parallel.as_sharded(held[name], target))
         for name, parameter in self.parameters.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = held.get(f"adam/{key}/{name}")
                 if value is not None:
                     blank = torch.empty_like(parameter) if key != "step" else torch.empty((), device=parameter.device)
+                    value = parallel.as_sharded(value, blank)
                     self.optimizer.state[parameter][key] = blank.copy_(value).detach()
         columns = {k.removeprefix("curve/"): v.tolist() for k, v in held.items() if k.startswith("curve/")}
         if columns:
@@ -260,7 +260,9 @@ def fit(
         checkpoint_seconds: Least time between two checkpoints. The loop waits longer where saving takes more
             than `CHECKPOINT_SHARE` of the time. Does not change the result.
         shared: The loss is computed by all ranks of `gmail_cli.components.parallel` together: all start from rank 0's
-            checkpoint, average their gradients, and rank 0 alone saves.
+            checkpoint, average their gradients, and rank 0 alone saves. Of a language model that
+            `gmail_cli.components.parallel.shard` has shared out, the module holds what it trained as a whole in the
+            end, and cannot be run any more.
         log: Receives the curve so far at each new row, and in the end. A row has step (steps done), loss
             (mean since the row before), lr, grad_norm (before clipping) and the further scalars.
         progress: Called with (steps done, steps in all).
@@ -274,6 +276,7 @@ def fit(
         raise UsageError("nothing to train: every parameter is frozen", hint="Choose what to tune.")
     state = _State(module, recipe)
     parameters = list(state.parameters.values())
+    sharded = parallel.is_sharded(parameters)
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     held = checkpoints.load() if checkpoints else None
     if shared:
@@ -281,6 +284,7 @@ def fit(
         checkpoints = checkpoints if parallel.ranks().rank == 0 else None
     if held is not None:
         state.restore(held)
+        held = None
     if progress:
         progress(state.step, recipe.steps)
     window: list[dict[str, Tensor]] = []
@@ -302,12 +306,14 @@ def fit(
             value.backward()
             if shared:
                 parallel.average_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or math.inf)
+            norm = parallel.clip_gradients(parameters, recipe.clip_norm or math.inf)
             state.optimizer.step()
             if state.ema is not None and recipe.ema is not None:
                 decay = min(recipe.ema, (1 + step) / (10 + step))
+                averages = parallel.apart(state.ema.values())
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(state.ema.values()), parameters, 1 - decay)
+                    for average, now in zip(averages, parallel.apart(parameters), strict=True):
+                        torch._foreach_lerp_(average, now, 1 - decay)
             window.append({"loss": value.detach(), "grad_norm": norm.detach(), **extra})
             state.step += 1
             if state.step % recipe.log_every and state.step < recipe.steps:
@@ -319,15 +325,21 @@ def fit(
             if progress:
                 progress(state.step, recipe.steps)
             wait = max(checkpoint_seconds, save_cost / CHECKPOINT_SHARE)
-            if checkpoints and state.step < recipe.steps and time.monotonic() - saved_at >= wait:
+            due = bool(checkpoints) and state.step < recipe.steps and time.monotonic() - saved_at >= wait
+            if parallel.agreed(due) if sharded else due:
                 started = time.monotonic()
-                checkpoints.save(state.tensors())
+                held = state.tensors()  # all ranks give what they hold, rank 0 writes it
+                if checkpoints:
+                    checkpoints.save(held)
+                held = None
                 saved_at = time.monotonic()
                 save_cost = saved_at - started
     if state.ema is not None:
         with torch.no_grad():
             for name, parameter in state.parameters.items():
                 parameter.copy_(state.ema[name])
+    if sharded:
+        parallel.unshard_trained(module)
     if log:
         log(state.curve)
     return state.curve

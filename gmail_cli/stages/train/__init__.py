@@ -319,6 +319,8 @@ def _fit(
     job = task.build(inputs, cell)
     if shared and first:
         parallel.barrier()
+    if job.share:
+        job.share()
     if not steps:
         return job, []
     curve = fit(

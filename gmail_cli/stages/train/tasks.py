@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -248,7 +249,7 @@ def _sitta(inputs: Inputs, cell: Cell) -> Job:
 def _llava(inputs: Inputs, cell: Cell) -> Job:
     import torch
 
-    from gmail_cli.components import llava
+    from gmail_cli.components import llava, parallel
     from gmail_cli.components.conversations import read_conversations
     from gmail_cli.components.heads import load_lm
     from gmail_cli.components.loop import seed_from
@@ -275,8 +276,12 @@ def _llava(inputs: Inputs, cell: Cell) -> Job:
         "prompt": train.prompt,
         "instructed": recipe.restart < recipe.steps,
     }
+    sharded = profile.runtime.sharding == "full"
     lm, tokenizer = load_lm(
-        train.lm, revision=train.lm_revision, dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32
+        train.lm,
+        revision=train.lm_revision,
+        dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32,
+        empty=sharded and parallel.ranks().rank > 0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from("llava", profile.seed, cell.seed))
@@ -289,8 +294,8 @@ def _llava(inputs: Inputs, cell: Cell) -> Job:
             lora_rank=train.lora_rank if about["instructed"] else 0,
             lora_alpha=train.lora_alpha,
         )
-    return llava.llava_job(
-        model.to(inputs.device).eval(),
+    job = llava.llava_job(
+        (model if sharded else model.to(inputs.device)).eval(),
         material.pairs,
         arm,
         real=shown("real") if cell.dual_projection else None,
@@ -299,6 +304,9 @@ def _llava(inputs: Inputs, cell: Cell) -> Job:
         caption_tokens=train.caption_tokens,
         conversation_tokens=train.conversation_tokens,
     )
+    if not sharded:
+        return job
+    return replace(job, share=functools.partial(parallel.shard, model, model.lm, device=inputs.device))
 
 
 def _linear_probe(inputs: Inputs, cell: Cell) -> Job:
