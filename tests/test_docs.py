@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ import yaml
 from preloaded import preloaded
 from test_cli import ROOT, shell_environment
 
+from gmail_cli import profile
 from gmail_cli.components import captions
+from gmail_cli.stages import train
 
 GUIDES = ("captions", "generate", "million", "align", "train", "evaluate", "ci", "search", "scenes")
 FIRST = ("README.md", "docs/getting-started.md", "docs/concepts.md", *(f"docs/guides/{name}.md" for name in GUIDES))
@@ -207,6 +211,18 @@ def test_blocks_that_do_not_run_say_why_and_do_not_grow() -> None:
     assert readme == ["run", "test"], "the README's own two commands are run by .ci/run and tests/test_end_to_end.py"
     others = [(page, comment) for page, comment in comments if page != "README.md"]
     assert others == [(page, f"not run: {reason}") for page, reason in NOT_RUN]
+
+
+def test_the_papers_commands_ask_for_cells_that_exist() -> None:
+    """A line of the paper's tables that no task or arm fits would fail only once COCO and a GPU are there."""
+    text = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
+    (arms,) = set(re.findall(r"`C` is `P --set\s+'(train\.arms=[^']+)'`", text))
+    commands = [shlex.split(line) for line in re.findall(r"^    ([PC] --.+)$", text, re.M)]
+    assert len(commands) > 8
+    for letter, *words in commands:
+        settings = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+        asked = profile.load("coco-sd21-vitb16", overrides=[*([arms] if letter == "C" else []), *settings])
+        assert train.cells(asked), words
 
 
 def test_commands_stand_in_console_blocks() -> None:

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The small stand-ins of docs/reproduce.md that have no profile of their own: captioners, the rank of the alignment and
+# long captions, on the built-in world. Everything lies in ./runs/tables and is reused. One part or all of them:
+#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta]...
+set -euo pipefail
+common=(--profile tiny --run tables)
+gmail generate "${common[@]}" > /dev/null
+eq1=$(gmail align "${common[@]}") # Eq. 1, rank 4
+
+# Trains, embeds the test images, evaluates; prints the folder of results.json and report.html.
+cell() { # name, align artifact, options of train
+  local name=$1 aligned=$2 trained embedded evaluated
+  shift 2
+  trained=$(gmail train "${common[@]}" --aligned "$aligned" "$@")
+  embedded=$(gmail embed "${common[@]}" --train "$trained")
+  evaluated=$(gmail eval "${common[@]}" --embeddings "$embedded" --train "$trained")
+  printf '%s\t%s\n' "$name" "$evaluated"
+}
+
+images=(--arm real --arm generated-naive --arm generated-aligned)
+learnt=(--set train.steps=300 --set train.batch_size=16 --set train.lr=1e-3)
+
+clipcap() { # tables 1, 6, 13, 16
+  cell clipcap "$eq1" --task clipcap "${images[@]}" --arm mixed --arm texts "${learnt[@]}" --set train.text_memory=400
+}
+
+rank() { # tables 11, 12
+  local aligned
+  for change in align.lora_rank=2 align.lora_rank=4 align.lora_rank=6 align.method=full; do
+    aligned=$(gmail align "${common[@]}" --set "$change")
+    cell "$change" "$aligned" --task clip-text --arm none "${images[@]}"
+  done
+}
+
+long() { # table 5
+  local arms=(--arm none "${images[@]}" --set 'train.kinds=["long"]')
+  cell clip-text "$eq1" --task clip-text "${arms[@]}"
+  cell stretched "$eq1" --task long-clip "${arms[@]}"
+  cell rotary "$eq1" --task long-clip "${arms[@]}" --set train.positions=rotary
+}
+
+ifcap() { # table 1
+  cell ifcap "$eq1" --task ifcap "${images[@]:2}" --arm texts "${learnt[@]}"
+}
+
+sitta() { # table 1
+  cell sitta "$eq1" --task sitta "${images[@]}" --set train.token_orders=4
+}
+
+[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta
+for part in "$@"; do "$part"; done
