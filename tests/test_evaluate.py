@@ -20,7 +20,7 @@ from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.components.tokenizer import train_tokenizer
 from gmail_cli.errors import InputError, SetupError
 from gmail_cli.profile import Profile, build
-from gmail_cli.stages import evaluate, sources
+from gmail_cli.stages import embed, evaluate, sources
 from gmail_cli.stages.evaluate.inputs import Inputs
 
 SPACE = "5" * 64
@@ -533,6 +533,20 @@ def test_meteor_without_java_is_left_out_or_fails(
     assert without.read_json("results.json")["metrics"] == made.read_json("results.json")["metrics"]
     with pytest.raises(SetupError, match=r"eval\.meteor = 'on'"):
         world.evaluate(world.profile(meteor="on"))
+
+
+def test_a_folder_of_labelled_images_without_captions_is_classified(tmp_path: Path) -> None:
+    for label, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for number in range(4):
+            shade = tuple(max(0, value - 9 * number) for value in colour)
+            Image.new("RGB", (64, 64), shade).save(tmp_path / "set" / label / f"{number}.png")
+    profile = build({"data": {"test": str(tmp_path / "set")}, "eval": {"resamples": 100}})
+    workspace = Workspace(tmp_path / "run")
+    found = evaluate.run(profile, workspace, embeddings=embed.run(profile, workspace)).read_json("results.json")
+    assert {row["metric"] for row in found["rows"]} == {"zero_shot_top_1_accuracy", "zero_shot_mean_per_class_accuracy"}
+    assert {row["n"] for row in found["rows"]} == {8}
+    assert found["zero_shot"]["classes"] == 2
 
 
 def test_captions_that_name_classes_are_not_retrieved(world: World) -> None:

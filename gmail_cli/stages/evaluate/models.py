@@ -77,7 +77,8 @@ class Measured:
             if row["task"] in _MEASURES
         ]
         text_tasks = [model.task for model in trained if _MEASURES[model.task] == Measured._clip]
-        if TEXTS in self.given.tables and not any(m.task in text_tasks and m.arm == "none" for m in trained):
+        untrained = any(model.task in text_tasks and model.arm == "none" for model in trained)
+        if {TEXTS, CLASSES} & self.given.tables.keys() and not untrained:
             yield Model(task=text_tasks[0] if text_tasks else "clip", arm="none", seed=None)
         yield from trained
         if TRAIN_IMAGES in self.given.tables:
@@ -114,10 +115,12 @@ class Measured:
             self.given.table(TEXTS, model),
             self.given.table(CLASSES, model),
         )
-        if texts is None:
+        if texts is None and prompts is None:
             hint = "Run gmail embed with this train artifact."
             raise InputError(f"the embeddings lack table '{TEXTS}@{model.name}'", hint=hint)
-        if measure.names_classes(texts):
+        if texts is None:  # a set of labelled images without captions
+            found = measure.Retrieval({})
+        elif measure.names_classes(texts):
             self.given.note(
                 "Retrieval left out: the captions name classes, so none of them belongs to one image alone."
             )
