@@ -207,8 +207,19 @@ def test_without_the_embeddings_recall_is_unknown_and_nothing_is_rebuilt(workspa
     changed = index.update(profile(), workspace, index=made, remove=gone)
     assert changed.read_json("index.json")["tables"]["test-images"]["recall_at_10"] is None
     assert changed.summary["note"].startswith("recall of test-images not measured")
-    with pytest.raises(InputError, match="the embeddings that test-images was built from are gone"):
+    lost = f"embeddings that test-images was built from are in no run below .*: {embeddings.digest[:12]}"
+    with pytest.raises(InputError, match=lost):
         index.update(profile(), workspace, index=made, rebuild=True)
+
+
+def test_embeddings_of_other_runs_are_found(workspace: Workspace, tmp_path: Path) -> None:
+    """Indexed in one run with ``--embeddings`` of another, and rebuilt in a third, or from another workspace."""
+    made = index.run(profile(), Workspace(workspace.root, "b"), embeddings=embed(workspace, IMAGES, TEXTS))
+    for place in (Workspace(workspace.root, "c"), Workspace(tmp_path / "elsewhere", "test")):
+        rebuilt = index.update(profile(kind="ivf-flat"), place, index=made, rebuild=True)
+        entry = rebuilt.read_json("index.json")["tables"]["test-images"]
+        assert entry["kind"] == "ivf-flat"
+        assert entry["recall_at_10"] is not None
 
 
 def test_changes_that_cannot_be_are_refused(workspace: Workspace, tmp_path: Path) -> None:

@@ -19,7 +19,22 @@ from gmail_cli.errors import InputError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class _Named:
+    """A name in ``data.protocol``, how many images it is of, where the rule comes from, and the rule's version."""
+
+    name: str
+    images: int
+    about: str
+    version: int = 1
+
+    @property
+    def label(self) -> str:
+        """``name/version``, as it stands in every result row."""
+        return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(_Named):
     """What a protocol demands of a test set, and what it does with it.
 
     Attributes:
@@ -32,18 +47,9 @@ class Protocol:
         version: Of the rule.
     """
 
-    name: str
-    images: int
     captions: int
-    about: str
     kind: Kind = "short"
     folds: int = 1
-    version: int = 1
-
-    @property
-    def label(self) -> str:
-        """``name/version``, as it stands in every result row."""
-        return f"{self.name}/{self.version}"
 
     def apply(self, dataset: Dataset) -> Dataset:
         """The test set as the protocol uses it: its kind of captions, the first so many of each image.
@@ -89,7 +95,7 @@ class Protocol:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassProtocol:
+class ClassProtocol(_Named):
     """What a protocol of zero-shot classification demands of a test set.
 
     Attributes:
@@ -101,17 +107,8 @@ class ClassProtocol:
         version: Of the rule.
     """
 
-    name: str
-    images: int
     classes: int
-    about: str
     metric: Literal["top_1_accuracy", "mean_per_class_accuracy"] = "top_1_accuracy"
-    version: int = 1
-
-    @property
-    def label(self) -> str:
-        """``name/version``, as it stands in every result row."""
-        return f"{self.name}/{self.version}"
 
     def apply(self, dataset: Dataset) -> Dataset:
         """The test set, which is the protocol's.

@@ -99,7 +99,8 @@ def update(
     """A new index artifact from an older one, with rows added, removed, or everything built anew.
 
     Ids stay what they are. Cells and codes stay as they were trained, unless ``rebuild`` chooses and trains again by
-    the profile from the embeddings, which must still be in the run. Recall is measured where they are.
+    the profile from the embeddings, which must still be in some run of the workspace, or of that of the index. Recall
+    is measured where they are.
 
     Args:
         profile: Section used with ``rebuild``: ``index``; and ``seed``.
@@ -136,7 +137,7 @@ def update(
             raise InputError(f"{add.path} holds none of the index's tables: {', '.join(about['tables'])}")
         rows = {name: index.read_jsonl(f"{name}.rows.jsonl") for name in about["tables"]}
         _check_ids(rows, gone, added)
-        folders = [workspace.folder("embed"), index.path.parents[1] / "embed"]
+        roots = [workspace.root, index.path.parents[2]]
         entries = {}
         for name, old in about["tables"].items():
             new = added.get(name)
@@ -149,11 +150,14 @@ def update(
             live += _with_captions(new, new_tables) if new is not None else []
             parts = [*old["embeddings"], *([add.digest] if add and new is not None else [])]
             entry = {**{key: old[key] for key in _RECORDED}, "embeddings": parts}
-            origin = _gather(parts, name, live, folders, add)
+            origin = _gather(parts, name, live, roots, add)
             if rebuild:
                 if origin is None:
-                    hint = "Run `gmail embed` as before, or index other embeddings with --embeddings."
-                    raise InputError(f"the embeddings that {name} was built from are gone", hint=hint)
+                    raise InputError(
+                        f"embeddings that {name} was built from are in no run below {workspace.root}: "
+                        + ", ".join(digest[:12] for digest in parts if _locate(digest, roots) is None),
+                        hint="Run `gmail embed` as before, or index other embeddings with --embeddings.",
+                    )
                 entries[name] = _write(slot, profile, name, entry, origin[0], live, origin[1], progress)
             else:
                 entries[name] = _edit(slot, index, name, entry, old, keep, new, live, origin)
@@ -338,7 +342,7 @@ def _require_fit(name: str, old: dict[str, Any], new: Table) -> None:
 
 
 def _gather(
-    parts: list[str], name: str, live: list[Any], folders: list[Path], add: Artifact | None
+    parts: list[str], name: str, live: list[Any], roots: list[Path], add: Artifact | None
 ) -> tuple[np.ndarray, tuple[np.ndarray, str]] | None:
     """The vectors of the live rows and queries for them, from their embed artifacts; None if one is gone."""
     tables: list[Table] = []
@@ -347,22 +351,28 @@ def _gather(
         if add is not None and add.digest == digest:
             artifact = add
         else:
-            places = [folder / digest[:12] for folder in folders if (folder / digest[:12] / "manifest.json").is_file()]
-            if not places:
+            place = _locate(digest, roots)
+            if place is None:
                 return None
-            artifact = Artifact.load(places[0])
+            artifact = Artifact.load(place)
         of_part = sources.load_tables(artifact)
         tables.append(next(table for table in of_part if table.header.name == name))
         if asked is None or asked[1] == name:
             asked = _queries(tables[-1], of_part)
-    place = {key: (part, row) for part, table in enumerate(tables) for row, key in enumerate(table.ids)}
+    rows_of = {key: (part, row) for part, table in enumerate(tables) for row, key in enumerate(table.ids)}
     found = np.empty((len(live), tables[0].header.dim), dtype=np.float32)
-    where = np.array([place[row["id"]] for row in live])
+    where = np.array([rows_of[row["id"]] for row in live])
     for part, table in enumerate(tables):
         mine = np.flatnonzero(where[:, 0] == part)
         found[mine] = table.vectors[where[mine, 1]]
     assert asked is not None
     return found, asked
+
+
+def _locate(digest: str, roots: list[Path]) -> Path | None:
+    """The folder of an embed artifact in any run below the roots."""
+    found = (path for root in roots for path in sorted(root.glob(f"*/embed/{digest[:12]}/manifest.json")))
+    return next((path.parent for path in found), None)
 
 
 def _with_captions(table: Table, tables: list[Table]) -> list[dict[str, Any]]:
