@@ -88,9 +88,15 @@ class Data(Section):
     ] = "auto"
     """Format of `train` and `test`; `auto` goes by the name and the content."""
     train_split: str = ""
-    """Split to take from a file that holds several (Karpathy JSON): `train`, `train+restval`, `val`, `test`."""
+    """Split to take from a file that holds several (Karpathy JSON, JSON records with `split`): `train`,
+    `train+restval`, `val`, `test`."""
     test_split: str = ""
     """Split to take for `test`."""
+    train_kind: Literal["short", "long"] = "short"
+    """What the captions of `train` are, where its records do not tell (`caption` and `long_caption`): short, or long as
+    those of ShareGPT4V, DOCCI, DCI and ImageInWords."""
+    test_kind: Literal["short", "long"] = "short"
+    """What the captions of `test` are; a `protocol` knows it."""
     train_limit: Limit = 0
     """Use the first N training images with all their captions; 0 uses all (for `scenes:` a number is needed)."""
     test_limit: Limit = 0

@@ -425,7 +425,8 @@ def test_karpathy_splits_combine_and_unknown_ones_are_named(tmp_path: Path) -> N
     ("content", "name", "message"),
     [
         (b'{"images": [', "c.json", "is not JSON"),
-        (b"[]", "c.json", "neither COCO"),
+        (b"[]", "c.json", "no usable record"),
+        (b"[1]", "c.json", r"\[0\]: is 1, not an object"),
         (b"{}", "c.json", "has no list 'images'"),
         (b'{"images": [], "annotations": [{"id": 1, "bbox": []}]}', "c.json", "holds no captions"),
         (b"a,b\n1,2\n", "c.csv", "columns are a, b"),

@@ -35,13 +35,15 @@ def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any
             f"data.test_limit is {data.test_limit}, and protocol {protocol.label} is of {protocol.images:,} images",
             hint='Leave the limit out, or the protocol: --set data.protocol="".',
         )
-    only_test: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    if getattr(data, f"{part}_kind") != "short":
+        more["kind"] = getattr(data, f"{part}_kind")
     if part == "test" and protocol is not None:
-        only_test = {"protocol": protocol.label}
+        more["protocol"] = protocol.label
         if isinstance(protocol, protocols.Protocol):
-            only_test["kind"] = protocol.kind
+            more["kind"] = protocol.kind
     if part == "test" and data.class_names:
-        only_test["class_names"] = data.class_names
+        more["class_names"] = data.class_names
     return {
         "source": getattr(data, part),
         "images": getattr(data, f"{part}_images") or None,
@@ -52,7 +54,7 @@ def source(profile: Profile, *, part: Literal["train", "test"]) -> dict[str, Any
         "on_bad": data.on_bad,
         "scene_seed": data.scene_seed,
         "scene_size": data.scene_size,
-        **only_test,
+        **more,
     }
 
 

@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -24,9 +24,10 @@ from gmail_cli.components.captions.sources import (
 )
 from gmail_cli.errors import InputError, UsageError
 
-CAPTION_FIELDS = ("captions", "caption", "text", "prompt", "iiw")
+CAPTION_FIELDS = ("captions", "caption", "text", "prompt", "iiw", "description")
+LONG_FIELDS = ("long_captions", "long_caption")
 ID_FIELDS = ("image_id", "key")
-PATH_FIELDS = ("file_name", "filename", "image", "image_path", "filepath", "path")
+PATH_FIELDS = ("file_name", "filename", "image", "image_path", "image_file", "filepath", "path", "image/key")
 LABEL_FIELDS = ("label", "class", "class_name")
 
 
@@ -81,7 +82,8 @@ class BadRecordError(Exception):
 def lowered(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The record with lower-case field names, without its empty fields; an empty caption stays, to be reported."""
     named = {name.strip().lower(): value for name, value in fields.items()}
-    return {name: value for name, value in named.items() if name in CAPTION_FIELDS or value not in (None, "")}
+    texts = {*CAPTION_FIELDS, *LONG_FIELDS}
+    return {name: value for name, value in named.items() if name in texts or value not in (None, "")}
 
 
 def identifier(value: object, name: str) -> str:
@@ -106,15 +108,22 @@ def first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def texts_of(fields: Mapping[str, Any], source: ImageSource | None, kind: Kind) -> tuple[Text, ...]:
-    """The captions of a record; only one with an image may be without a caption field."""
-    if source is not None and not any(name in fields for name in CAPTION_FIELDS):
-        return ()
-    value = first(fields, CAPTION_FIELDS)
+    """The captions of a record, then its long ones; only one with an image may be without any."""
+    short, long = (any(name in fields for name in names) for names in (CAPTION_FIELDS, LONG_FIELDS))
+    found: tuple[Text, ...] = ()
+    if short or not (long or source is not None):
+        found = _texts(fields, CAPTION_FIELDS, kind)
+    return found + (_texts(fields, LONG_FIELDS, "long") if long else ())
+
+
+def _texts(fields: Mapping[str, Any], names: Sequence[str], kind: Kind) -> tuple[Text, ...]:
+    value = first(fields, names)
     values = value if isinstance(value, list) else [value]
     if not values:
         raise BadRecordError("empty caption")
     ids: list[str | None] = [None] * len(values)
-    if len(values) == 1 and "caption_id" in fields and "k" not in fields:  # k: one of several drawn from that caption
+    one = len(values) == 1 and names is CAPTION_FIELDS
+    if one and "caption_id" in fields and "k" not in fields:  # k: one of several drawn from that caption
         ids = [identifier(fields["caption_id"], "caption_id")]
     return tuple(Text(caption_text(text), key, kind) for text, key in zip(values, ids, strict=True))
 
@@ -151,10 +160,15 @@ def image_file(name: object, beside: Location, request: Request) -> FileBytes | 
 
 
 def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Location, request: Request) -> Row:
-    """A row from the fields of a CSV, TSV or JSON Lines record; image paths are relative to the file."""
+    """A row from the fields of a CSV, TSV or JSON record; image paths are relative to the file."""
     fields = lowered(fields)
+    if "conversations" in fields and not any(name in fields for name in CAPTION_FIELDS):
+        fields["caption"] = first_answer(fields["conversations"])
     name = first(fields, PATH_FIELDS)
-    source = None if name is None else image_file(name, beside, request)
+    bare = (
+        isinstance(name, str) and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES
+    )  # as ImageInWords has them
+    source = None if name is None else image_file((name, f"{name}.jpg") if bare else name, beside, request)
     if name is None and request.need_images:
         raise BadRecordError("no image")
     owner = first(fields, ID_FIELDS)
@@ -168,6 +182,14 @@ def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Locatio
         source,
         attributes=attributes_of(fields),
     )
+
+
+def first_answer(turns: object) -> str:
+    """What the assistant says first in one of LLaVA's conversations, in one line, as Long-CLIP reads ShareGPT4V."""
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict) and turn.get("from") == "gpt":
+            return caption_text(turn.get("value")).replace("\n", " ")
+    raise BadRecordError("conversations hold no answer from 'gpt'")
 
 
 # --- whole files --------------------------------------------------------------------------------------------
@@ -268,11 +290,7 @@ def karpathy(path: Location, request: Request, report: Report) -> Iterator[Row]:
     images = json_list(read_json(path), "images", path)
     splits = Counter(str(image.get("split")) for image in images if isinstance(image, dict))
     wanted = set(splits) if request.split is None else set(request.split.split("+"))
-    if unknown := wanted - set(splits):
-        raise InputError(
-            f"{path} has no split {sorted(unknown)[0]!r}",
-            hint="It has " + ", ".join(f"{name} ({count})" for name, count in splits.items()) + ".",
-        )
+    _require_splits(path, wanted, splits)
     for n, image in enumerate(images):
         where = f"{path.name}: images[{n}]"
         try:
@@ -315,7 +333,7 @@ def table(path: Location, request: Request, report: Report) -> Iterator[Row]:
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
     )
     header = [name.strip().lower() for name in next(reader, [])]
-    if not set(header) & {*CAPTION_FIELDS, *PATH_FIELDS}:
+    if not set(header) & {*CAPTION_FIELDS, *LONG_FIELDS, *PATH_FIELDS}:
         raise InputError(
             f"{path} has neither a caption nor an image column; its columns are {', '.join(header) or '(none)'}",
             hint="Name one column caption, text, prompt or image.",
@@ -338,22 +356,50 @@ def table(path: Location, request: Request, report: Report) -> Iterator[Row]:
 
 
 def json_lines(path: Location, request: Request, report: Report) -> Iterator[Row]:
-    """JSON Lines: one object a line with caption, captions, text or IIW, and image, id and label fields."""
+    """JSON Lines, or a JSON list of the same records: captions (or LLaVA's conversations), image, id, label.
+
+    ``split`` selects by the field of that name, as DOCCI has it.
+    """
+    wanted = None if request.split is None else set(request.split.split("+"))
+    splits: Counter[str] = Counter()
+    for line, where, data in _json_records(path):
+        try:
+            fields = json_object(data) if isinstance(data, bytes) else _checked_object(data)
+            if wanted is not None:
+                splits[str(fields.get("split"))] += 1
+                if str(fields.get("split")) not in wanted:
+                    continue
+            row = record_row(fields, where, line, path.parent, request)
+        except BadRecordError as bad:
+            report(where, str(bad))
+            continue
+        yield row
+    if wanted is not None:
+        _require_splits(path, wanted, splits)
+
+
+def _json_records(path: Location) -> Iterator[tuple[int, str, Any]]:
+    """(number from 1, place, bytes of a line or an element of the list) of each record."""
+    if path.suffix.lower() == ".json":
+        data = read_json(path)
+        if not isinstance(data, list):
+            raise InputError(f"{path} holds no list of records", hint="If it is of another format, name that.")
+        yield from ((n + 1, f"{path.name}: [{n}]", record) for n, record in enumerate(data))
+        return
     try:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     with file:
-        for line, data in enumerate(file, start=1):
-            if not data.strip():
-                continue
-            where = f"{path.name}:{line}"
-            try:
-                row = record_row(json_object(data), where, line, path.parent, request)
-            except BadRecordError as bad:
-                report(where, str(bad))
-                continue
-            yield row
+        yield from ((n, f"{path.name}:{n}", line) for n, line in enumerate(file, start=1) if line.strip())
+
+
+def _require_splits(path: Location, wanted: set[str], splits: Counter[str]) -> None:
+    if unknown := wanted - set(splits):
+        raise InputError(
+            f"{path} has no split {sorted(unknown)[0]!r}",
+            hint="It has " + ", ".join(f"{name} ({count})" for name, count in splits.items()) + ".",
+        )
 
 
 def json_object(data: bytes) -> dict[str, Any]:
@@ -362,6 +408,10 @@ def json_object(data: bytes) -> dict[str, Any]:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadRecordError(f"not JSON: {error}") from error
+    return _checked_object(fields)
+
+
+def _checked_object(fields: object) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise BadRecordError(f"is {fields!r:.80}, not an object")
     return fields
@@ -380,10 +430,11 @@ def plain_text(path: Location, request: Request, report: Report) -> Iterator[Row
 
 
 def folder(path: Location, request: Request, report: Report) -> Iterator[Row]:
-    """Image files, described by ``metadata.csv`` or ``metadata.jsonl`` or by the subfolders they lie in.
+    """Image files, described by ``metadata.csv`` or ``metadata.jsonl``, by a text file each, or by their subfolders.
 
-    Without metadata the id of an image is its path in the folder and its label the first subfolder. The folder of a
-    generate artifact is described by its ``records.jsonl``.
+    Text files lie in ``caption`` and have the names of the images in ``image``, a caption a line (Urban-1k). Without
+    any of these the id of an image is its path in the folder and its label the first subfolder. The folder of a
+    generate artifact is described by its ``records.jsonl``, and one of JSON files without images by those (DCI).
     """
     with_images = replace(request, images=request.images or path, need_images=True)
     for name, reader in (("metadata.jsonl", json_lines), ("metadata.csv", table)):
@@ -393,16 +444,57 @@ def folder(path: Location, request: Request, report: Report) -> Iterator[Row]:
     if (path / "records.jsonl").is_file():
         yield from json_lines(path / "records.jsonl", replace(with_images, images=path), report)
         return
-    for file in _image_files(path):
+    if (path / "image").is_dir() and (path / "caption").is_dir():
+        yield from _captioned(path / "image", path / "caption", request, report)
+        return
+    images = _files(path, IMAGE_SUFFIXES)
+    if not images:
+        yield from _annotations(_files(path, {".json"}), request, report)
+    for file in images:
         relative = PurePosixPath(file.relative_to(path))  # type: ignore[arg-type]
         label = relative.parts[0] if len(relative.parts) > 1 else None
         yield Row(str(relative), relative.as_posix(), (), label, FileBytes(file))
 
 
-def _image_files(folder: Location) -> Sequence[Location]:
+def _captioned(images: Location, texts: Location, request: Request, report: Report) -> Iterator[Row]:
+    """Images, each with a text file of the same name in another folder."""
+    for file in _files(images, IMAGE_SUFFIXES):
+        name = PurePosixPath(file.relative_to(images))  # type: ignore[arg-type]
+        try:
+            lines = [line for line in read_text(texts / f"{name.with_suffix('.txt')}").splitlines() if line.strip()]
+            captions = tuple(Text(line.strip(), kind=request.kind) for line in lines)
+            if not captions:
+                raise BadRecordError("empty caption")
+        except (InputError, BadRecordError) as bad:
+            report(f"image/{name}", str(bad))
+            continue
+        yield Row(f"image/{name}", name.as_posix(), captions, source=FileBytes(file), complete=True)
+
+
+def _annotations(files: Sequence[Location], request: Request, report: Report) -> Iterator[Row]:
+    """One JSON object a file, as Densely Captioned Images has them: image, ``short_caption`` and ``extra_caption``.
+
+    The long caption is both, joined (LoTLIP); the short one is left out where ``kind`` is long.
+    """
+    for number, file in enumerate(files, start=1):
+        try:
+            fields = json_object(file.read_bytes())
+            short, extra = fields.get("short_caption"), fields.get("extra_caption")
+            if short is not None:
+                both = f"{caption_text(short)} {caption_text(extra)}" if extra else caption_text(short)
+                fields |= {"caption": both} if request.kind == "long" else {"caption": short, "long_caption": both}
+            row = record_row(fields, file.name, number, file.parent, request)
+        except BadRecordError as bad:
+            report(file.name, str(bad))
+            continue
+        yield row
+
+
+def _files(folder: Location, suffixes: Collection[str]) -> Sequence[Location]:
+    """Every file of some suffix below a folder, in order."""
     if isinstance(folder, Remote):
-        return sorted(file for file in folder.files() if file.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        return sorted(file for file in folder.files() if file.suffix.lower() in suffixes)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
 
 
 def scene_rows(split: str, request: Request) -> Iterator[Row]:

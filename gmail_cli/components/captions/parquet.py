@@ -19,6 +19,7 @@ from gmail_cli.components.captions.formats import (
     CAPTION_FIELDS,
     ID_FIELDS,
     LABEL_FIELDS,
+    LONG_FIELDS,
     PATH_FIELDS,
     BadRecordError,
     Report,
@@ -127,14 +128,16 @@ class _Columns:
 
 def _columns(schema: pa.Schema, path: Location) -> _Columns:
     names = {name.lower(): name for name in reversed(schema.names)}
-    caption, owner, label = (first(names, fields) for fields in (CAPTION_FIELDS, ID_FIELDS, LABEL_FIELDS))
+    used = (CAPTION_FIELDS, LONG_FIELDS, ID_FIELDS, LABEL_FIELDS)
+    caption, long, owner, label = (first(names, fields) for fields in used)
     image = first(names, ("image", "img", *PATH_FIELDS))
-    if caption is None and image is None:
+    if caption is None and long is None and image is None:
         raise InputError(
             f"{path} has neither a caption nor an image column; its columns are {', '.join(schema.names)}",
             hint="Name one column caption, text or image.",
         )
-    light = [name for name in (caption, owner, label, names.get("caption_id"), names.get("k")) if name is not None]
+    wanted = (caption, long, owner, label, names.get("caption_id"), names.get("k"))
+    light = [name for name in wanted if name is not None]
     stored: str | None = None
     if image is not None:
         kind = schema.field(image).type

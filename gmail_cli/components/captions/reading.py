@@ -28,6 +28,7 @@ SUFFIXES: dict[str, Format] = {
     ".tsv": "table",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
     ".parquet": "parquet",
     ".tar": "webdataset",
     ".txt": "text",
@@ -68,7 +69,8 @@ def read(
         images: Folder of the image files that ``source`` names; every file must then be there. None takes
             those that lie beside ``source``.
         format: ``auto`` goes by suffix and content; ``table`` is CSV or TSV with a header.
-        split: ``train``, ``val``, ``test``, ``restval`` or several joined by ``+``, for Karpathy's JSON.
+        split: ``train``, ``val``, ``test``, ``restval`` or several joined by ``+``, for Karpathy's JSON; for records in
+            JSON, by their field ``split``.
         limit: Keep the first so many images, with all their captions.
         holdout: (part, fraction, seed). ``test`` keeps about ``fraction`` of the images, chosen by a hash
             of seed and image id, ``train`` the others: two disjoint halves of one source, whatever its order.
@@ -207,9 +209,7 @@ def _sniff(path: Location) -> Format:
         data = formats.read_json(path)
         if isinstance(data, dict):
             return "coco" if "annotations" in data else "karpathy"
-        raise InputError(
-            f"{path} is neither COCO captions nor Karpathy's JSON", hint="Write one object a line as .jsonl."
-        )
+        return "jsonl"
     if suffix in IMAGE_SUFFIXES:
         raise InputError(f"{path} is a single image", hint="Name the folder it is in.")
     raise InputError(
@@ -221,10 +221,10 @@ def _sniff(path: Location) -> Format:
 def _rows(paths: list[Location], kind: Format, request: Request, report: Report) -> Iterator[Row]:
     if kind == "auto":
         kind = _sniff(paths[0])
-    if request.split is not None and kind != "karpathy":
+    if request.split is not None and kind not in ("karpathy", "jsonl"):
         raise UsageError(
             f"split={request.split!r} does not apply to {kind} files",
-            hint="Only Karpathy's JSON has splits.",
+            hint="Karpathy's JSON, JSON Lines and JSON lists have splits.",
         )
     reader: Callable[[Location, Request, Report], Iterator[Row]]
     if kind == "parquet":

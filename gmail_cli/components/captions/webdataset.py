@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from gmail_cli.components.captions.formats import (
+    CAPTION_FIELDS,
     ID_FIELDS,
+    LONG_FIELDS,
     BadRecordError,
     Report,
     Request,
@@ -29,8 +31,8 @@ from gmail_cli.errors import InputError
 def webdataset(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """One WebDataset shard: neighbouring members that share a key, their name up to its first dot.
 
-    ``.json`` holds captions, ids and labels as a line of JSON Lines does, ``.txt`` a caption, ``.cls`` a
-    label, and an image suffix the image. Nothing is unpacked.
+    ``.json`` holds captions, ids and labels as a line of JSON Lines does, ``.txt`` a caption a line (CLIP_benchmark)
+    where that has none, ``.cls`` a label, and an image suffix the image. Nothing is unpacked.
     """
     try:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -67,6 +69,7 @@ def _sample(
     request: Request,
 ) -> Row:
     fields: dict[str, Any] = {}
+    lines: dict[str, list[str]] = {}
     source: TarBytes | None = None
     for member in members:
         if not member.isreg() or member.issparse():
@@ -86,8 +89,12 @@ def _sample(
             data = file.read()
             if suffix == ".json":
                 fields |= lowered(json_object(data))
+            elif suffix == ".txt":
+                lines["captions"] = [line for line in _utf8(data, member.name).splitlines() if line.strip()]
             else:
-                fields["caption" if suffix == ".txt" else "label"] = _utf8(data, member.name)
+                fields["label"] = _utf8(data, member.name)
+    if not any(name in fields for name in (*CAPTION_FIELDS, *LONG_FIELDS)):
+        fields |= lines
     if source is None and request.need_images:
         raise BadRecordError("no image")
     owner = first(fields, ID_FIELDS)
