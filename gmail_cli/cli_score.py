@@ -65,8 +65,11 @@ def retrieval(
     texts: Annotated[Path, typer.Option(metavar="NPY", help="Text embeddings, one row each.")],
     owners: Annotated[Path, typer.Option(metavar="NPY", help="Integers: for each text the row of its image.")],
     extra_positives: Annotated[
-        Path | None,
-        typer.Option(metavar="NPY", help="Integers [pairs, 2]: more right (text row, image row) pairs; adds mAP@R."),
+        list[Path] | None,
+        typer.Option(
+            metavar="NPY",
+            help="Integers [pairs, 2]: all right (text row, image row) pairs of some texts; once more: of some images.",
+        ),
     ] = None,
     protocol: Annotated[
         str | None, typer.Option(metavar="NAME", help="Known protocol to hold the files to, such as coco-karpathy-5k.")
@@ -90,7 +93,7 @@ def retrieval(
             images,
             texts=texts,
             owners=owners,
-            extra_positives=extra_positives,
+            extra_positives=extra_positives or (),
             protocol=protocol,
             true_recall=true_recall,
             progress=ticks,

@@ -617,9 +617,10 @@ class Eval(Section):
     """The k of recall@k."""
     true_recall: bool = False
     """Also report the share of all correct items among the first k, beside whether any is."""
-    extra_positives: str = ""
-    """JSON file of more right answers, as ECCV Caption and CxC have them: id of a caption -> list of ids of images that
-    it also describes. They count as right; adds mAP@R and R-precision over the captions and images it names."""
+    extra_positives: Annotated[tuple[str, ...], BeforeValidator(_tuple), Field(max_length=2)] = ()
+    """JSON files of all right answers, as ECCV Caption and CxC have them: id of a caption -> ids of the images that it
+    describes, then id of an image -> ids of the captions that describe it. Adds recalls, mAP@R and R-precision over the
+    captions, and the images, that they name."""
     resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples, drawn by image, behind every interval."""
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95

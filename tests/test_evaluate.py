@@ -611,29 +611,33 @@ def test_shared_captions_stop_or_are_counted(world: World, tmp_path: Path, share
         assert work.notes[0].startswith("1 of 144 test captions are also training captions")
 
 
-def test_extra_positives_count_as_right(world: World, made: Artifact, tmp_path: Path) -> None:
-    file = tmp_path / "extra.json"
+def test_extra_positives_have_metrics_of_their_own(world: World, made: Artifact, tmp_path: Path) -> None:
+    file, reverse = tmp_path / "extra.json", tmp_path / "reverse.json"
     texts, images = world.test.captions_of_kind("short"), world.test.images
     every = [image.id for image in images]
     file.write_text(json.dumps({**{text.id: every for text in texts[:12]}, "unknown": ["x"]}))
-    more = world.evaluate(world.profile(extra_positives=str(file), examples=0))
+    reverse.write_text(json.dumps({texts[0].owner: [text.id for text in texts if text.owner == texts[0].owner]}))
+    more = world.evaluate(world.profile(extra_positives=[str(file), str(reverse)], examples=0))
     before, after = (each.read_json("results.json")["metrics"] for each in (made, more))
     for arm in ARMS:
-        name = f"clip-text.{arm}.text_to_image_recall_at_1"
-        assert before[name] <= after[name] <= before[name] + 12 / (5 * COUNT)
-        assert 0 < after[f"clip-text.{arm}.text_to_image_map_at_r"] <= 1
-    assert after["clip-text.none.text_to_image_recall_at_1"] > before["clip-text.none.text_to_image_recall_at_1"]
+        assert (
+            after[f"clip-text.{arm}.text_to_image_recall_at_1"] == before[f"clip-text.{arm}.text_to_image_recall_at_1"]
+        )
+        assert after[f"clip-text.{arm}.text_to_image_extended_map_at_r"] == 1
+        assert 0 <= after[f"clip-text.{arm}.image_to_text_extended_r_precision"] <= 1
     moved = file.rename(tmp_path / "moved.json")
-    assert world.evaluate(world.profile(extra_positives=str(moved), examples=0)).path == more.path
+    again = world.evaluate(world.profile(extra_positives=[str(moved), str(reverse)], examples=0))
+    assert again.path == more.path
     for content, problem in (
         ({"unknown": [every[0]]}, "none of the 1 captions with extra positives is among"),
-        ({texts[0].id: ["x"]}, f"text '{texts[0].id}' has image 'x', which is not among the test images"),
-        ({texts[0].id: "x"}, "is 'x', not a list of image ids"),
+        ({texts[0].id: ["x"]}, f"1 right answers are not among the images here, first 'x' of '{texts[0].id}'"),
+        ({texts[0].id: [every[-1]]}, "the lists of 1 of 1 captions are without their own images"),
+        ({texts[0].id: "x"}, "is 'x', not a list of ids"),
         ([], "holds no object of extra right answers"),
     ):
         moved.write_text(json.dumps(content))
         with pytest.raises(InputError, match=problem):
-            world.evaluate(world.profile(extra_positives=str(moved), examples=0))
+            world.evaluate(world.profile(extra_positives=[str(moved)], examples=0))
 
 
 def test_baselines_that_do_not_fit_are_refused(made: Artifact, tmp_path: Path) -> None:

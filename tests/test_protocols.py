@@ -169,13 +169,12 @@ def test_scores_by_protocol(tmp_path: Path) -> None:
 def test_scores_with_extra_right_answers(tmp_path: Path) -> None:
     given = files(tmp_path, images=30, texts_each=2)
     plain = score.retrieval(**given).metrics
-    np.save(tmp_path / "extra.npy", np.array([[0, 5], [0, 6], [1, 0], [40, 3]]))
-    found = score.retrieval(**given, extra_positives=tmp_path / "extra.npy")
-    assert found.n["positives"] == 60 + 3, "a pair that the owners name already is one answer"
-    assert {*found.metrics} - {*plain} == {
-        f"{way}_{name}" for way in ("text_to_image", "image_to_text") for name in ("map_at_r", "r_precision")
-    }
-    assert found.metrics["text_to_image_recall_at_10"] >= plain["text_to_image_recall_at_10"]
+    np.save(tmp_path / "extra.npy", np.array([[0, 0], [0, 5], [0, 6], [1, 0], [40, 20], [40, 3], [0, 5]]))
+    found = score.retrieval(**given, extra_positives=[tmp_path / "extra.npy"])
+    assert found.n["text_queries_judged"] == 3
+    names = [*(f"recall_at_{k}" for k in (1, 5, 10)), "map_at_r", "r_precision"]
+    assert {*found.metrics} - {*plain} == {f"text_to_image_extended_{name}" for name in names}
+    assert {name: found.metrics[name] for name in plain} == plain, "the test set's own answers stay what they are"
     images, texts = (np.load(given[name]) for name in ("images", "texts"))
     cosine = (texts / np.linalg.norm(texts, axis=1)[:, None]) @ (images / np.linalg.norm(images, axis=1)[:, None]).T
     right = {0: {0, 5, 6}, 1: {0}, 40: {20, 3}}
@@ -183,9 +182,19 @@ def test_scores_with_extra_right_answers(tmp_path: Path) -> None:
     for text, answers in right.items():
         hits = [image in answers for image in np.argsort(-cosine[text])[: len(answers)]]
         expected.append(sum(sum(hits[: at + 1]) / (at + 1) for at, hit in enumerate(hits) if hit) / len(answers))
-    assert found.metrics["text_to_image_map_at_r"] == pytest.approx(np.mean(expected))
+    assert found.metrics["text_to_image_extended_map_at_r"] == pytest.approx(np.mean(expected))
+    np.save(tmp_path / "more.npy", np.array([[0, 0], [59, 0], [1, 2]]))
+    both = score.retrieval(**given, extra_positives=[tmp_path / "extra.npy", tmp_path / "more.npy"])
+    first = [
+        any(text in texts for text in np.argsort(-cosine.T[image])[:1]) for image, texts in ((0, {0, 59}), (2, {1}))
+    ]
+    assert both.metrics["image_to_text_extended_recall_at_1"] == pytest.approx(np.mean(first))
+    assert (both.n["text_queries_judged"], both.n["image_queries_judged"]) == (3, 2)
     with pytest.raises(UsageError, match="goes without extra positives"):
-        score.retrieval(**given, protocol="dci", extra_positives=tmp_path / "extra.npy")
+        score.retrieval(**given, protocol="dci", extra_positives=[tmp_path / "extra.npy"])
+    np.save(tmp_path / "wrong.npy", np.array([[0, 30]]))
+    with pytest.raises(InputError, match=r"wrong\.npy images\[0\] is 30; rows go from 0 to 29"):
+        score.retrieval(**given, extra_positives=[tmp_path / "wrong.npy"])
 
 
 def test_the_guide_lists_every_protocol_as_it_is() -> None:

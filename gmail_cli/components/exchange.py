@@ -138,17 +138,17 @@ def read_results(path: Path, *, references: Mapping[str, object]) -> dict[str, s
 
 
 def read_extra_positives(path: Path) -> dict[str, list[str]]:
-    """Further right answers: a JSON object from a caption's id to a list of ids of images that it also describes.
+    """All right answers of some queries: a JSON object from a caption's id to ids of images, or the other way round.
 
     Raises:
         InputError: The file cannot be read or is something else.
     """
     data = read_json(path)
-    hint = 'Write one JSON object such as {"391895": [42, 73]}: id of a caption -> ids of images.'
+    hint = 'Write one JSON object such as {"391895": [42, 73]}: id of a caption -> ids of images, or the reverse.'
     if not isinstance(data, dict) or not data:
         raise InputError(f"{path} holds no object of extra right answers", hint=hint)
     wrong = [
-        f"{caption!r}: is {images!r:.80}, not a list of image ids"
+        f"{caption!r}: is {images!r:.80}, not a list of ids"
         for caption, images in data.items()
         if not isinstance(images, list)
         or any(isinstance(id_, bool) or not isinstance(id_, str | int) for id_ in images)

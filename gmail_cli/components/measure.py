@@ -7,8 +7,8 @@ beside the numbers. Test images must have passed through the encoder of real ima
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -19,7 +19,7 @@ from gmail_cli.components.metrics import classification, fidelity, gap
 from gmail_cli.components.metrics.captioning import METRICS, CaptionScores, score_captions
 from gmail_cli.components.metrics.classification import Classification
 from gmail_cli.components.metrics.clipscore import clip_score, reference_clip_score
-from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks, retrieval_ranks_in_folds
+from gmail_cli.components.metrics.retrieval import Ranks, RetrievalRanks, judged_ranks, retrieval_ranks_in_folds
 from gmail_cli.components.questions import QuestionSet
 from gmail_cli.components.scores import OF_CORPUS, Scores
 from gmail_cli.components.tables import Table, require_same_space
@@ -51,7 +51,7 @@ def retrieval(
     ks: Sequence[int],
     true_recall: bool = False,
     folds: int = 1,
-    extra_positives: Mapping[str, Sequence[str]] | None = None,
+    extra_positives: Sequence[Mapping[str, Sequence[str]]] = (),
 ) -> Retrieval:
     """Rank texts for images and images for texts, short and long captions apart.
 
@@ -61,12 +61,11 @@ def retrieval(
         ks: The k of recall@k.
         true_recall: Also the share of all right answers among the first k.
         folds: Blocks of consecutive images that are searched each for itself; every query counts once.
-        extra_positives: Id of a text -> ids of images that it also describes; those of texts that are not here are
-            left aside. Adds mAP@R and R-precision.
+        extra_positives: Id of a text -> ids of all images that it describes, and id of an image -> ids of all texts
+            that describe it, as ECCV Caption and CxC publish them: see :func:`extended`.
 
     Raises:
-        InputError: The tables do not live in one space, a text belongs to no image of the table, an extra image is not
-            in it, or the extra pairs name no text of it.
+        InputError: The tables do not live in one space, or a text belongs to no image of the table; and as `extended`.
     """
     require_same_space(images, texts)
     places = {name: row for row, name in enumerate(images.ids)}
@@ -77,24 +76,41 @@ def retrieval(
         rows = np.flatnonzero(kinds == kind)
         if not len(rows):
             continue
-        extra = None if extra_positives is None else _pairs(extra_positives, texts, rows=rows, places=places)
         ranks = retrieval_ranks_in_folds(
             images.vectors,
             texts=texts.vectors[rows],
             owners=owners[rows],
             folds=folds,
-            extra_positives=extra,
-            all_positives=true_recall or extra is not None,
+            all_positives=true_recall,
         )
         found.ranks[kind], found.rows[kind] = ranks, rows
         prefix = "" if kind == "short" else "long_"
-        scores = ranked(ranks, ks=ks, true_recall=true_recall, extra_positives=extra)
+        scores = ranked(ranks, ks=ks, true_recall=true_recall)
         found.scores.update({f"{prefix}{name}": score for name, score in scores.items()})
-    if extra_positives is not None and not any("map_at_r" in name for name in found.scores):
-        raise InputError(
-            f"none of the {len(extra_positives)} captions with extra positives is among the {len(texts.rows)} here",
-            hint="Use the annotations of this test set; the key is a caption's id.",
-        )
+    if extra_positives:
+        rows = found.rows.get("short", found.rows.get("long", np.arange(0)))
+        captions = {texts.rows[row]["id"]: at for at, row in enumerate(rows.tolist())}
+        for direction, answers in zip(DIRECTIONS, extra_positives, strict=False):
+            forth = direction == DIRECTIONS[0]
+            asked, searched = (captions, places) if forth else (places, captions)
+            own = list(enumerate(owners[rows].tolist()))
+            pairs, missing = _judged(
+                answers,
+                direction=direction,
+                asked=asked,
+                searched=searched,
+                own=own if forth else [(image, text) for text, image in own],
+            )
+            more = extended(
+                direction,
+                images.vectors,
+                texts=texts.vectors[rows],
+                owners=owners[rows],
+                pairs=pairs,
+                missing=missing,
+                ks=ks,
+            )
+            found.scores.update(more)
     return found
 
 
@@ -103,19 +119,16 @@ def ranked(
     *,
     ks: Sequence[int],
     true_recall: bool = False,
-    extra_positives: Int[np.ndarray, "pairs 2"] | None = None,
 ) -> dict[str, Scores]:
-    """Recalls, on request true recalls and precisions at R, and mean reciprocal rank of both directions.
+    """Recalls, on request true recalls, and mean reciprocal rank of both directions.
 
     Args:
-        ranks: With all positives ranked when ``true_recall`` or with ``extra_positives``.
+        ranks: With all positives ranked when ``true_recall``.
         ks: The k of recall@k.
         true_recall: Also the share of all right answers among the first k.
-        extra_positives: The (text row, image row) pairs ``ranks`` were told of; adds mAP@R and R-precision over the
-            texts and images that they name, as ECCV Caption (2022) reports.
     """
     scores: dict[str, Scores] = {}
-    for column, direction in enumerate(DIRECTIONS):
+    for direction in DIRECTIONS:
         one: Ranks = getattr(ranks, direction)
         mean = partial(Scores.mean, groups=one.image)
         for k in ks:
@@ -123,12 +136,48 @@ def ranked(
         if true_recall:
             for k in ks:
                 scores[f"{direction}_true_recall_at_{k}"] = mean(one.true_recall(k))
-        if extra_positives is not None:
-            named = np.isin(one.query, extra_positives[:, column])
-            for name, values in (("map_at_r", one.average_precision_at_r()), ("r_precision", one.r_precision())):
-                scores[f"{direction}_{name}"] = Scores.mean(values[named], groups=one.image[named])
         scores[f"{direction}_mean_reciprocal_rank"] = mean(one.reciprocal_rank())
     return scores
+
+
+def extended(
+    direction: str,
+    images: Float[np.ndarray, "images dim"],
+    *,
+    texts: Float[np.ndarray, "texts dim"],
+    owners: Int[np.ndarray, " texts"],
+    pairs: Int[np.ndarray, "pairs 2"],
+    missing: Int[np.ndarray, " queries"] | None = None,
+    ks: Sequence[int],
+) -> dict[str, Scores]:
+    """Recalls, mAP@R and R-precision over the queries that were judged anew, by exactly the answers judged right.
+
+    The same numbers as the package ``eccv_caption`` (Chun et al. 2022) gives for ECCV Caption and for CxC.
+
+    Args:
+        direction: One of ``DIRECTIONS``.
+        images: Unit rows.
+        texts: Unit rows.
+        owners: The row of the image each text belongs to.
+        pairs: (query row, candidate row): every right answer of the queries named.
+        missing: For every query, named or not, how many right answers are not among the candidates; they count in R
+            and are never found.
+        ks: The k of recall@k.
+    """
+    rows, place = np.unique(pairs[:, 0], return_inverse=True)
+    forth = direction == DIRECTIONS[0]
+    asked, searched = (texts, images) if forth else (images, texts)
+    ranks = judged_ranks(
+        np.asarray(asked[rows], dtype=np.float32),
+        candidates=np.asarray(searched, dtype=np.float32),
+        pairs=np.stack([place.reshape(-1), pairs[:, 1]], axis=1),
+        images=owners[rows] if forth else rows,
+    )
+    if missing is not None:
+        ranks = replace(ranks, positives=ranks.positives + missing[rows])
+    values = {f"recall_at_{k}": ranks.hits(k) for k in ks}
+    values |= {"map_at_r": ranks.average_precision_at_r(), "r_precision": ranks.r_precision()}
+    return {f"{direction}_extended_{name}": Scores.mean(each, groups=ranks.image) for name, each in values.items()}
 
 
 def names_classes(texts: Table) -> bool:
@@ -401,21 +450,50 @@ def _place(row: Mapping[str, object], places: Mapping[str, int], table: str) -> 
     return places[str(owner)]
 
 
-def _pairs(
-    extra: Mapping[str, Sequence[str]], texts: Table, *, rows: Int[np.ndarray, " texts"], places: Mapping[str, int]
-) -> Int[np.ndarray, "pairs 2"] | None:
-    """(row among ``rows``, row of the image) of each extra right answer; None where none is among these texts."""
-    found = []
-    for at, row in enumerate(rows.tolist()):
-        for image in extra.get(texts.rows[row]["id"], ()):
-            if image not in places:
-                raise InputError(
-                    f"extra positives: text {texts.rows[row]['id']!r} has image {image!r}, which is not among the "
-                    "test images",
-                    hint="Use the annotations of this test set.",
-                )
-            found.append((at, places[image]))
-    return np.array(found, dtype=np.int64) if found else None
+def _judged(
+    answers: Mapping[str, Sequence[str]],
+    *,
+    direction: str,
+    asked: Mapping[str, int],
+    searched: Mapping[str, int],
+    own: Collection[tuple[int, int]],
+) -> tuple[Int[np.ndarray, "pairs 2"], Int[np.ndarray, " queries"]]:
+    """(query row, candidate row) of every right answer, and how many of each query's answers are no candidates.
+
+    Args:
+        answers: Id of a query -> ids of its right answers.
+        direction: For messages.
+        asked: Id -> row of the queries.
+        searched: Id -> row of the candidates.
+        own: (query row, candidate row) of the pairs that the test set itself names.
+    """
+    texts, images = ("captions", "images") if direction == DIRECTIONS[0] else ("images", "captions")
+    hint = (
+        "Use the annotations of this test set: first those from captions to images, then those from images to captions."
+    )
+    named = [query for query in answers if query in asked]
+    if not named:
+        raise InputError(
+            f"none of the {len(answers)} {texts} with extra positives is among the {len(asked)} here", hint=hint
+        )
+    pairs = [(asked[query], searched[each]) for query in named for each in set(answers[query]) if each in searched]
+    unknown = [(query, each) for query in named for each in set(answers[query]) if each not in searched]
+    if 100 * len(unknown) > len(pairs):
+        query, each = unknown[0]
+        raise InputError(
+            f"extra positives: {len(unknown)} right answers are not among the {images} here, "
+            f"first {each!r} of {query!r}",
+            hint=hint,
+        )
+    with_own = {query for query, each in set(pairs).intersection(own)}
+    if 2 * len(with_own) < len(named):
+        raise InputError(
+            f"extra positives: the lists of {len(named) - len(with_own)} of {len(named)} {texts} are without their own "
+            f"{images}",
+            hint="A list names every right answer of its query, as those of ECCV Caption and CxC do.",
+        )
+    missing = np.bincount([asked[query] for query, _ in unknown], minlength=len(asked)).astype(np.int64)
+    return np.array(sorted(pairs), dtype=np.int64), missing
 
 
 def _labels(images: Table, numbers: Mapping[str, int], *, of: str) -> Int[np.ndarray, " images"]:

@@ -7,7 +7,7 @@ with others. Intervals are percentile intervals of a bootstrap by image.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,13 @@ from gmail_cli.components.metrics.clipscore import PROMPT
 from gmail_cli.components.metrics.fidelity import kernel_distance, manifold_metrics, vendi_score
 from gmail_cli.components.metrics.gap import evenly_spaced, frechet_distance
 from gmail_cli.components.metrics.intervals import Bootstrap
-from gmail_cli.components.metrics.retrieval import KS, check_owners, retrieval_ranks, retrieval_ranks_in_folds
+from gmail_cli.components.metrics.retrieval import (
+    KS,
+    check_owners,
+    check_pairs,
+    retrieval_ranks,
+    retrieval_ranks_in_folds,
+)
 from gmail_cli.components.scores import Scores
 from gmail_cli.errors import InputError, UsageError
 
@@ -157,7 +163,7 @@ def retrieval(
     *,
     texts: Path,
     owners: Path,
-    extra_positives: Path | None = None,
+    extra_positives: Sequence[Path] = (),
     protocol: str | None = None,
     true_recall: bool = False,
     progress: Progress | None = None,
@@ -168,8 +174,8 @@ def retrieval(
         images: ``.npy``, one row per image.
         texts: ``.npy``, one row per text.
         owners: ``.npy`` of integers: for each text the row of its image.
-        extra_positives: ``.npy`` of integers [pairs, 2]: further right (text row, image row) pairs, as ECCV Caption and
-            CxC have; adds mAP@R and R-precision.
+        extra_positives: Up to two ``.npy`` of integers [pairs, 2]: all right (text row, image row) pairs of some texts,
+            then of some images, as ECCV Caption and CxC have them; adds recalls, mAP@R and R-precision over those.
         protocol: A known protocol that the files must fit, and whose rule is applied.
         true_recall: Also the share of all right answers among the first k.
         progress: Called with (tiles done, tiles in all).
@@ -182,12 +188,19 @@ def retrieval(
     _same_dimension(image_rows, text_rows, images, texts)
     lengths = {"images": exchange.norm_range(image_rows), "texts": exchange.norm_range(text_rows)}
     of_image = exchange.read_array(owners)
-    extra = None if extra_positives is None else exchange.read_array(extra_positives)
+    if len(extra_positives) > 2:
+        raise UsageError(
+            f"{len(extra_positives)} files of extra positives", hint="Give one of texts, and one of images."
+        )
+    rows = {"texts": len(text_rows), "images": len(image_rows)}
+    judged = [check_pairs(exchange.read_array(path), name=str(path), **rows) for path in extra_positives]
+    if empty := [path for path, pairs in zip(extra_positives, judged, strict=True) if not len(pairs)]:
+        raise InputError(f"{empty[0]} holds no pair", hint="Name all right answers of some texts (or images).")
     rule = None if protocol is None else _protocol(protocol)
     image_units = exchange.unit_rows(image_rows, name=str(images))
     text_units = exchange.unit_rows(text_rows, name=str(texts))
     if rule is not None:
-        if extra is not None:  # they name rows of files that the protocol's rule may cut
+        if judged:  # they name rows of files that the protocol's rule may cut
             raise UsageError(f"protocol {rule.label} goes without extra positives", hint="Leave one of them out.")
         check_owners(of_image, texts=len(text_rows), images=len(image_rows))
         ids = [f"row {row}" for row in range(len(image_rows))]
@@ -201,11 +214,20 @@ def retrieval(
             image_units,
             texts=text_units,
             owners=of_image,
-            extra_positives=extra,
-            all_positives=true_recall or extra is not None,
+            all_positives=true_recall,
             progress=progress,
         )
-    scores = measure.ranked(ranks, ks=KS, true_recall=true_recall, extra_positives=extra)
+    scores = measure.ranked(ranks, ks=KS, true_recall=true_recall)
+    for direction, pairs in zip(measure.DIRECTIONS, judged, strict=False):
+        forth = direction == measure.DIRECTIONS[0]
+        scores |= measure.extended(
+            direction,
+            image_units,
+            texts=text_units,
+            owners=np.asarray(of_image),
+            pairs=pairs if forth else pairs[:, ::-1],
+            ks=KS,
+        )
     for direction in measure.DIRECTIONS:
         one = getattr(ranks, direction)
         scores[f"{direction}_mean_rank"] = Scores.mean(one.expected_rank(), groups=one.image)
@@ -223,7 +245,10 @@ def retrieval(
             "texts": len(text_units),
             "image_queries": len(ranks.image_to_text.query),
             "images_without_text": ranks.images_without_captions,
-            **({"positives": int(ranks.text_to_image.positives.sum())} if extra is not None else {}),
+            **{
+                f"{'text' if forth else 'image'}_queries_judged": len(np.unique(pairs[:, 0 if forth else 1]))
+                for forth, pairs in zip((True, False), judged, strict=False)
+            },
         },
         metrics=_values(scores),
         intervals=_intervals(scores),

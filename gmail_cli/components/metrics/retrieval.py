@@ -226,14 +226,8 @@ def retrieval_ranks(
     owners = check_owners(owners, texts=len(texts), images=len(images))
     pair_text, pair_image = np.arange(len(texts)), owners
     if extra_positives is not None:
-        extra = np.asarray(extra_positives)
-        if extra.ndim != 2 or extra.shape[1] != 2:
-            raise InputError(
-                f"extra_positives has shape {extra.shape}; expected one (text row, image row) pair a row",
-                hint="Give an integer array of two columns.",
-            )
-        extra_text = _check_rows("extra_positives texts", extra[..., 0], shape=(len(extra),), limit=len(texts))
-        extra_image = _check_rows("extra_positives images", extra[..., 1], shape=(len(extra),), limit=len(images))
+        extra = check_pairs(extra_positives, name="extra_positives", texts=len(texts), images=len(images))
+        extra_text, extra_image = extra.T
         both = np.concatenate([pair_text * len(images) + pair_image, extra_text * len(images) + extra_image])
         pair_text, pair_image = np.divmod(np.unique(both), len(images))
 
@@ -262,13 +256,40 @@ def retrieval_ranks(
     )
 
 
+def judged_ranks(
+    queries: Float[np.ndarray, "queries dim"],
+    *,
+    candidates: Float[np.ndarray, "candidates dim"],
+    pairs: Int[np.ndarray, "pairs 2"],
+    images: Int[np.ndarray, " queries"],
+    block_bytes: int = 4 << 20,
+) -> Ranks:
+    """Rank every right answer of queries that were judged anew, as those of ECCV Caption and CxC, exactly.
+
+    Args:
+        queries: Embeddings of texts or images; scores are inner products.
+        candidates: Embeddings of what is searched, from the other tower.
+        pairs: (query, candidate) rows: all right answers, each query with one or more.
+        images: The image that each query belongs to, for the bootstrap.
+        block_bytes: Working memory, beyond the inputs and the per-query results.
+    """
+    query_set, candidate_set = (Distinct.of(rows, order=np.arange(len(rows))) for rows in (queries, candidates))
+    side = _tile_side(block_bytes, dim=queries.shape[1])
+    tiles = _Tiles(queries, query_set, candidates, candidate_set, side=side)
+    query, candidate = np.unique(pairs, axis=0).T
+    scores = tiles.pair_scores(query_set.slot[query], candidate_set.slot[candidate])
+    counter = _Counter(query, scores, queries=query_set, candidates=candidate_set, all_positives=True)
+    for rows, columns, block in tiles:
+        counter.count(block, queries_at=rows, candidates_at=columns)
+    return counter.ranks(image_of=images)
+
+
 def retrieval_ranks_in_folds(
     images: Float[np.ndarray, "images dim"],
     *,
     texts: Float[np.ndarray, "texts dim"],
     owners: Int[np.ndarray, " texts"],
     folds: int,
-    extra_positives: Int[np.ndarray, "pairs 2"] | None = None,
     all_positives: bool = False,
 ) -> RetrievalRanks:
     """Rank within blocks of consecutive images and their texts, as "COCO 1k, 5 folds" does; all queries together.
@@ -280,19 +301,13 @@ def retrieval_ranks_in_folds(
         texts: As :func:`retrieval_ranks`.
         owners: As :func:`retrieval_ranks`.
         folds: How many; they must divide the images.
-        extra_positives: As :func:`retrieval_ranks`; only with one fold.
         all_positives: As :func:`retrieval_ranks`.
 
     Raises:
         InputError: As :func:`retrieval_ranks`; also when the folds do not divide the images.
-        UsageError: Extra positives in folds.
     """
     if folds == 1:
-        return retrieval_ranks(
-            images, texts=texts, owners=owners, extra_positives=extra_positives, all_positives=all_positives
-        )
-    if extra_positives is not None:
-        raise UsageError(f"extra positives do not go with {folds} folds", hint="Use a protocol without folds.")
+        return retrieval_ranks(images, texts=texts, owners=owners, all_positives=all_positives)
     size, rest = divmod(len(images), folds)
     if rest or not size:
         raise InputError(f"{len(images)} images are no {folds} equal folds", hint="Give the protocol's whole set.")
@@ -559,6 +574,23 @@ def check_owners(owners: np.ndarray, *, texts: int, images: int) -> Int[np.ndarr
         InputError: They are not one integer for each text, or name an image that there is not.
     """
     return _check_rows("owners", owners, shape=(texts,), limit=images)
+
+
+def check_pairs(pairs: np.ndarray, *, name: str, texts: int, images: int) -> Int[np.ndarray, "pairs 2"]:
+    """(text row, image row) pairs, checked.
+
+    Raises:
+        InputError: They are not two integers each, or one names a row that there is not.
+    """
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise InputError(
+            f"{name} has shape {pairs.shape}; expected one (text row, image row) pair a row",
+            hint="Give an integer array of two columns.",
+        )
+    columns = zip(("texts", "images"), pairs.T, (texts, images), strict=True)
+    checked = [_check_rows(f"{name} {what}", rows, shape=(len(pairs),), limit=limit) for what, rows, limit in columns]
+    return np.stack(checked, axis=1)
 
 
 def _check_rows(name: str, rows: np.ndarray, *, shape: tuple[int, ...], limit: int) -> Int[np.ndarray, " n"]:

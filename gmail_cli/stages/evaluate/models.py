@@ -248,10 +248,9 @@ class Measured:
         ]
 
 
-def extra_positives(profile: Profile) -> dict[str, list[str]] | None:
-    """Further right answers, where ``eval.extra_positives`` names a file of them."""
-    named = profile.eval.extra_positives
-    return exchange.read_extra_positives(Path(named)) if named else None
+def extra_positives(profile: Profile) -> list[dict[str, list[str]]]:
+    """All right answers of captions, and of images, where ``eval.extra_positives`` names files of them."""
+    return [exchange.read_extra_positives(Path(named)) for named in profile.eval.extra_positives]
 
 
 def _prompts_used(prompts: Table) -> dict[str, Any]:
