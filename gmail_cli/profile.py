@@ -84,7 +84,7 @@ class Data(Section):
     test_images: str = ""
     """Folder of the real test images, where the captions file only names them. Empty: beside the file."""
     format: Literal[
-        "auto", "coco", "karpathy", "table", "jsonl", "parquet", "webdataset", "text", "folder", "scenes"
+        "auto", "coco", "karpathy", "table", "jsonl", "parquet", "webdataset", "text", "token", "folder", "scenes"
     ] = "auto"
     """Format of `train` and `test`; `auto` goes by the name and the content."""
     train_split: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,12 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+import open_clip
 import pytest
 import small_checkers
+import torch
 from local_hub import Hub, commit_of, local_hub
+from PIL import Image
 from preloaded import preloaded
+from safetensors.torch import load_file, save_file
 
 from gmail_cli.artifacts import Artifact, Workspace
+from gmail_cli.components import captions
+from gmail_cli.components.tables import Table
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "gmail_cli" / "weights" / "tiny"
 NOWHERE = "0" * 40
@@ -37,6 +45,11 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (clip / name).write_text(json.dumps({"model_type": "clip", "file": name}))
     for name in ("pytorch_model.bin", "tf_model.h5", "model.safetensors"):
         (clip / name).write_bytes(b"not read")
+    tag = clip.parent / "tag"
+    tag.mkdir()
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu", precision="fp16")
+    save_file(model.state_dict(), tag / "open_clip_model.safetensors")
     checker = small_checkers.classifier(clip.parent / "checker")
     (checker / "pytorch_model.bin").write_bytes(b"not read")
     return {
@@ -44,6 +57,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "small/pipeline": WEIGHTS / "pipeline",
         "small/lm": WEIGHTS / "lm",
         "small/checker": checker,
+        open_clip.get_pretrained_cfg("ViT-B-32", "openai")["hf_hub"].strip("/"): tag,
     }
 
 
@@ -95,7 +109,7 @@ def test_a_run_from_hub_weights_is_the_run_from_the_same_weights_on_disk(
         assert done.returncode == 0, done.stderr
         runs[name] = Workspace(user / "runs", name)
     fetched = list(hub.served)
-    assert {line.partition("@")[0] for line in fetched} == set(repositories)
+    assert {line.partition("@")[0] for line in fetched} == {name for name in repositories if "small/" in name}
     clip = {line.rpartition("/")[2] for line in fetched if line.startswith("small/clip@")}
     assert clip == {*OF_TRANSFORMERS, *(path.name for path in (WEIGHTS / "clip").iterdir())}, "one file of weights"
     assert not [line for line in fetched if line.endswith("checker/pytorch_model.bin")]
@@ -115,6 +129,27 @@ def test_a_run_from_hub_weights_is_the_run_from_the_same_weights_on_disk(
     assert hub.served == fetched, "what was fetched once is in the cache"
 
 
+def test_weights_that_open_clip_knows_by_a_tag(
+    hub: Hub, gmail: Gmail, user: Path, repositories: dict[str, Path]
+) -> None:
+    """`ViT-B-32/openai`, at its real size, with random weights."""
+    chosen = ("model.clip=ViT-B-32/openai", "data.test_limit=2", "embed.gap_count=0", 'embed.templates=["{}"]')
+    done = gmail("embed", "--captions", "scenes:test", "--run", "tag", *_settings(*chosen))
+    assert done.returncode == 0, done.stderr
+    (repository,) = (name for name in repositories if "small/" not in name)
+    assert [line for line in hub.served if repository in line] == [
+        f"{repository}@{commit_of(repositories[repository])}/open_clip_model.safetensors"
+    ]
+    found = Table.load(_latest(Workspace(user / "runs", "tag"), "embed").folder("test-images"))
+    model, _, preprocess = open_clip.create_model_and_transforms("ViT-B-32-quickgelu")
+    model.load_state_dict(load_file(repositories[repository] / "open_clip_model.safetensors"))
+    images = captions.read("scenes:test", limit=2)
+    batch = torch.stack([preprocess(Image.open(io.BytesIO(images.image_bytes(row)))) for row in range(2)])
+    with torch.no_grad():
+        expected = model.eval().encode_image(batch, normalize=True).numpy()
+    assert np.abs(found.vectors - expected).max() < 1e-4
+
+
 def _latest(run: Workspace, stage: str) -> Artifact:
     found = run.latest(stage)
     assert found is not None
@@ -130,6 +165,7 @@ def _hashes(artifact: Artifact, kind: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("arguments", "repository", "why"),
     [
+        ("embed --set model.clip=RN50/openai", "RN50/openai", "repository"),
         ("generate --set generate.model=small/pipeline --set generate.revision=NO", "small/pipeline", "revision"),
         ("generate --set generate.model=small/no --set generate.revision=NO", "small/no", "repository"),
         ("embed --set model.clip=hf-hub:small/clip --set model.revision=NO", "small/clip", "revision"),

@@ -126,6 +126,24 @@ def test_a_json_list_of_records_is_read_as_lines_are(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["results_20130124.token", "Flickr8k.token.txt"])
+def test_flickrs_own_annotations(tmp_path: Path, name: str) -> None:
+    draw(tmp_path / "images" / "10.jpg", tmp_path / "images" / "11.jpg")
+    path = write(tmp_path / name, "10.jpg#0\tOne .\n10.jpg#1\tUno .\n11.jpg#0\tTwo # three .\n")
+    dataset = read(path, images=tmp_path / "images")
+    assert [(owner, text) for owner, text, _ in pairs(dataset)] == [
+        ("10.jpg", "One ."),
+        ("10.jpg", "Uno ."),
+        ("11.jpg", "Two # three ."),
+    ]
+    assert [caption.id for caption in dataset.captions] == ["10.jpg#0", "10.jpg#1", "11.jpg#0"]
+    write(path, "10.jpg#0\tOne .\n12.jpg#0\tGone .\nA caption.\n11.jpg#0\t \n")
+    with pytest.raises(
+        InputError, match=rf"3 bad records(.|\n)*{name}:2: image file (.|\n)*:3: not `image#(.|\n)*:4: empty"
+    ):
+        read(path, images=tmp_path / "images")
+
+
 def test_clip_benchmarks_retrieval_tars_hold_a_caption_a_line(tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg")
     image = (tmp_path / "a.jpg").read_bytes()

@@ -600,12 +600,12 @@ def _download(repository: str, *, revision: str) -> Path:
 
 def _download_tag(tag: Mapping[str, Any], *, ref: str, revision: str) -> Path:
     import open_clip
+    from open_clip.pretrained import download_pretrained_from_hf
 
     repository, _, filename = str(tag.get("hf_hub", "")).rpartition("/")
     try:
         if repository:
-            options = {"filename": filename} if filename else {}
-            return Path(open_clip.download_pretrained_from_hf(repository, revision=revision or None, **options))
+            return Path(download_pretrained_from_hf(repository, filename=filename or None, revision=revision or None))
         return Path(open_clip.download_pretrained(dict(tag)))
     except (OSError, RuntimeError) as error:
         reason, hint = str(error), "Check the network, or fill the cache on a machine that has one."

@@ -7,6 +7,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -423,6 +424,26 @@ def plain_text(path: Location, request: Request, report: Report) -> Iterator[Row
         where = f"{path.name}:{line}"
         try:
             row = Row(where, f"{line:06d}", (Text(caption_text(text), kind=request.kind),))
+        except BadRecordError as bad:
+            report(where, str(bad))
+            continue
+        yield row
+
+
+TOKEN_LINE = re.compile(r"(?P<image>[^\t#]+)#\d+\t(?P<caption>.*)")
+
+
+def token_lines(path: Location, request: Request, report: Report) -> Iterator[Row]:
+    """The annotation files of Flickr8k and Flickr30k: an image, ``#`` and a number, a tab, a caption."""
+    for line, text in enumerate(read_text(path).splitlines(), start=1):
+        where = f"{path.name}:{line}"
+        try:
+            match = TOKEN_LINE.fullmatch(text)
+            if match is None:
+                raise BadRecordError("not `image#number<tab>caption`")
+            name = match["image"].strip()
+            source = image_file(name, path.parent, request)
+            row = Row(where, name, (Text(caption_text(match["caption"]), kind=request.kind),), source=source)
         except BadRecordError as bad:
             report(where, str(bad))
             continue

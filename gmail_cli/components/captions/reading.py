@@ -20,7 +20,9 @@ from gmail_cli.components.captions.remote import Location, Remote, locate
 from gmail_cli.components.captions.sources import IMAGE_SUFFIXES, ImageSource
 from gmail_cli.errors import InputError, UsageError
 
-Format = Literal["auto", "coco", "karpathy", "table", "jsonl", "parquet", "webdataset", "text", "folder", "scenes"]
+Format = Literal[
+    "auto", "coco", "karpathy", "table", "jsonl", "parquet", "webdataset", "text", "token", "folder", "scenes"
+]
 Part = Literal["train", "test"]
 
 SUFFIXES: dict[str, Format] = {
@@ -32,6 +34,7 @@ SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
     ".tar": "webdataset",
     ".txt": "text",
+    ".token": "token",
 }
 READERS: dict[str, Callable[[Location, Request, Report], Iterator[Row]]] = {
     "coco": formats.coco,
@@ -39,6 +42,7 @@ READERS: dict[str, Callable[[Location, Request, Report], Iterator[Row]]] = {
     "table": formats.table,
     "jsonl": formats.json_lines,
     "text": formats.plain_text,
+    "token": formats.token_lines,
     "folder": formats.folder,
     "webdataset": webdataset.webdataset,
 }
@@ -203,6 +207,8 @@ def _sniff(path: Location) -> Format:
     if path.is_dir():
         return "folder"
     suffix = path.suffix.lower()
+    if suffix == ".txt" and formats.TOKEN_LINE.fullmatch(formats.read_text(path).partition("\n")[0].rstrip("\r")):
+        return "token"  # as Flickr8k.token.txt
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     if suffix == ".json":
