@@ -43,7 +43,7 @@ SET_METRICS = ("precision", "recall", "density", "coverage", "vendi_score", "rea
 
 _AS_THEY_ARE = frozenset(GAP_METRICS + SET_METRICS)
 
-FAMILIES = ("retrieval", "long captions", "classification", "captions", "questions")
+FAMILIES = ("retrieval", "retrieval with extra right answers", "long captions", "classification", "captions", "questions")
 
 _LABELS = {
     "bleu_1": "BLEU-1",
@@ -76,6 +76,7 @@ _LABELS = {
 _PARTS = (
     ("text_to_image", "text→image"),
     ("image_to_text", "image→text"),
+    ("extended_", "ext. "),
     ("zero_shot_", "zero-shot "),
     ("nearest_neighbour_", "k-NN "),
     ("nearest_mean_", "nearest mean "),
@@ -116,6 +117,8 @@ def task_title(task: str) -> str:
 
 def family(metric: str) -> str:
     """Which of ``FAMILIES`` a task's metric belongs to: metrics of one family share a table."""
+    if "_extended_" in metric:
+        return "retrieval with extra right answers"
     if metric.startswith("long_"):
         return "long captions"
     if metric.startswith(("text_to_image", "image_to_text")):
