@@ -547,6 +547,12 @@ def test_a_folder_of_labelled_images_without_captions_is_classified(tmp_path: Pa
     assert {row["metric"] for row in found["rows"]} == {"zero_shot_top_1_accuracy", "zero_shot_mean_per_class_accuracy"}
     assert {row["n"] for row in found["rows"]} == {8}
     assert found["zero_shot"]["classes"] == 2
+    (tmp_path / "flat").mkdir()
+    for file in (tmp_path / "set" / "red").iterdir():
+        file.rename(tmp_path / "flat" / file.name)
+    profile = build({"data": {"test": str(tmp_path / "flat")}})
+    with pytest.raises(InputError, match="nothing to measure: its images have neither captions nor labels"):
+        evaluate.run(profile, workspace, embeddings=embed.run(profile, workspace))
 
 
 def test_captions_that_name_classes_are_not_retrieved(world: World) -> None:

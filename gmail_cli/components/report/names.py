@@ -43,7 +43,14 @@ SET_METRICS = ("precision", "recall", "density", "coverage", "vendi_score", "rea
 
 _AS_THEY_ARE = frozenset(GAP_METRICS + SET_METRICS)
 
-FAMILIES = ("retrieval", "retrieval with extra right answers", "long captions", "classification", "captions", "questions")
+FAMILIES = (
+    "retrieval",
+    "retrieval with extra right answers",
+    "long captions",
+    "classification",
+    "captions",
+    "questions",
+)
 
 _LABELS = {
     "bleu_1": "BLEU-1",

@@ -106,6 +106,12 @@ def run(
             cells.append(measured.measure(model))
             measured.keep(model, cells[-1])
         cells += measured.gap()
+        if not any(cell.scores for cell in cells):
+            raise InputError(
+                f"{embeddings.path} holds nothing to measure: its images have neither captions nor labels"
+                + "".join(f"\n  {note}" for note in given.notes),
+                hint="Embed a set with captions or labels, or search it: gmail index, gmail search.",
+            )
         results = scoring.results(
             cells,
             protocol=given.origins["protocol"],
