@@ -23,8 +23,8 @@ for name in "$@"; do
     four-stablerep) line "$name" "${four[@]}" --set align.objective=eq1+stablerep ;;
     alike) # real scenes that show what the generator drew in `plain`
       drawn=$(gmail generate --profile tiny --run plain --set generate.score=true)
-      [ -d alike ] || python "$(dirname "$0")/look_alikes.py" "$drawn" alike
-      line "$name" --set generate.source=import --set generate.import_path=alike
+      [ -d look-alikes ] || python "$(dirname "$0")/look_alikes.py" "$drawn" look-alikes
+      line "$name" --set generate.source=import --set generate.import_path=look-alikes
       ;;
     near5-4000) line "$name" --set generate.strength=0.5 --set data.train_limit=4000 ;;
     *) echo "no line $name" >&2 && exit 2 ;;
