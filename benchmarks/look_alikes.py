@@ -1,11 +1,11 @@
 """For each generated image of the built-in world, a real scene that looks like it: the generator's mistakes without its
 brush.
 
-    python benchmarks/look_alikes.py GENERATE FOLDER
+    python benchmarks/look_alikes.py GENERATE FOLDER [N]
 
 GENERATE is a generate artifact of the profile ``tiny``, one image of each caption. FOLDER gets a real scene for each of
-its images, under the caption and the id of the image that it stands for; ``generate.source=import`` reads it. The scene
-is the one, among the ten most alike by the small CLIP of 10,000 that no caption describes, whose cosine with the
+its images, under the caption and the id of the image that it stands for; ``generate.source=import`` reads it. Of the N
+(10) scenes most alike by the small CLIP, among 10,000 that no caption describes, it is the one whose cosine with the
 caption is closest to that of the generated image. Prints the mean cosines of the generated images, their stand-ins and
 the real images that the captions describe, and the mean CLIPScore of each.
 """
@@ -24,12 +24,12 @@ from gmail_cli.components.embedding import embed_images, embed_texts
 from gmail_cli.components.encoders import load_clip
 from gmail_cli.components.metrics.clipscore import clip_score
 
-FIRST, POOL, ALIKE = 10_000, 10_000, 10
+FIRST, POOL = 10_000, 10_000
 
 
 def main() -> None:
     """Choose and write the scenes."""
-    artifact, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    artifact, folder, among = Path(sys.argv[1]), Path(sys.argv[2]), int((*sys.argv, 10)[3])
     folder.mkdir(parents=True)
     rows = [json.loads(line) for line in (artifact / "records.jsonl").read_text().splitlines()]
     clip = load_clip("tiny")
@@ -37,7 +37,7 @@ def main() -> None:
     described = embed_images(clip, lambda row: scene(int(rows[row]["owner"].rpartition("-")[2])), len(rows))
     pool = embed_images(clip, lambda row: scene(FIRST + row), POOL)
     texts, _ = embed_texts(clip, [row["caption"] for row in rows])
-    alike = search.exact(pool, drawn, k=ALIKE).ids
+    alike = search.exact(pool, drawn, k=among).ids
     agreement = (pool[alike] * texts[:, None]).sum(axis=-1) - (drawn * texts).sum(axis=-1)[:, None]
     chosen = alike[np.arange(len(rows)), np.abs(agreement).argmin(axis=1)]
     with (folder / "metadata.jsonl").open("w") as file:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What makes generated images teach more: `tiny` with other images, a run each, three seeds. Three to six minutes a line on
 # one CPU core, and the last one ten. All of them, or some:
-#   benchmarks/teaching.sh [plain|best|near8|near5|near2|near5-best|four|four-stablerep|alike|near5-4000]...
+#   benchmarks/teaching.sh [plain|best|near8|near5|near2|near5-best|four|four-stablerep|alike-1|alike-10|near5-4000]...
 set -euo pipefail
 
 line() { # name, options
@@ -10,7 +10,7 @@ line() { # name, options
 }
 
 four=(--set generate.per_caption=4)
-[ $# -gt 0 ] || set -- plain best near8 near5 near2 near5-best four four-stablerep alike near5-4000
+[ $# -gt 0 ] || set -- plain best near8 near5 near2 near5-best four four-stablerep alike-1 alike-10 near5-4000
 for name in "$@"; do
   case $name in
     plain) line "$name" ;;
@@ -21,10 +21,10 @@ for name in "$@"; do
     near5-best) line "$name" --set generate.strength=0.5 "${four[@]}" --set generate.keep_best=1 ;;
     four) line "$name" "${four[@]}" ;;
     four-stablerep) line "$name" "${four[@]}" --set align.objective=eq1+stablerep ;;
-    alike) # real scenes that show what the generator drew in `plain`
+    alike-*) # real scenes that show what the generator drew in `plain`, each of the 1 or 10 most alike
       drawn=$(gmail generate --profile tiny --run plain --set generate.score=true)
-      [ -d look-alikes ] || python "$(dirname "$0")/look_alikes.py" "$drawn" look-alikes
-      line "$name" --set generate.source=import --set generate.import_path=look-alikes
+      [ -d "scenes-$name" ] || python "$(dirname "$0")/look_alikes.py" "$drawn" "scenes-$name" "${name#alike-}"
+      line "$name" --set generate.source=import --set "generate.import_path=scenes-$name"
       ;;
     near5-4000) line "$name" --set generate.strength=0.5 --set data.train_limit=4000 ;;
     *) echo "no line $name" >&2 && exit 2 ;;
