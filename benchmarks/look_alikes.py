@@ -29,7 +29,8 @@ FIRST, POOL = 10_000, 10_000
 
 def main() -> None:
     """Choose and write the scenes."""
-    artifact, folder, among = Path(sys.argv[1]), Path(sys.argv[2]), int((*sys.argv, 10)[3])
+    artifact, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    among = int(sys.argv[3]) if len(sys.argv) > 3 else 10
     folder.mkdir(parents=True)
     rows = [json.loads(line) for line in (artifact / "records.jsonl").read_text().splitlines()]
     clip = load_clip("tiny")
