@@ -40,7 +40,7 @@ long() { # table 5
 }
 
 ifcap() { # table 1
-  cell ifcap "$eq1" --task ifcap "${images[@]:2}" --arm texts "${learnt[@]}"
+  cell ifcap "$eq1" --task ifcap "${images[@]}" --arm texts "${learnt[@]}"
 }
 
 sitta() { # table 1
