@@ -108,6 +108,21 @@ def test_images_embed_as_transformers_embeds_them(kind: str, folders: dict[str, 
     assert np.abs(ours - theirs.numpy()).max() < 0.03
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_patch_tokens_are_those_of_the_last_layer_but_one(kind: str, folders: dict[str, Path]):
+    clip, plain = encoders.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
+    shown = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), "uint8")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip.preprocess.mean, clip.preprocess.std))
+    tower = plain.vision_model if kind in JOINT else plain
+    with torch.no_grad():
+        states = tower((torch.from_numpy(shown) / 255 - mean) / std, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    tokens = clip.encode_patches(shown)
+    torch.testing.assert_close(tokens, states[1][:, 0 if kind == "siglip" else 1 :], atol=1e-5, rtol=0)
+    quarters = tokens.unflatten(1, (4, 4))[:, :2, 2:].flatten(1, 2).mean(dim=1)
+    torch.testing.assert_close(clip.encode_patches(shown, grid=2)[:, 1], quarters)
+
+
 @pytest.mark.parametrize("kind", JOINT)
 def test_texts_embed_as_transformers_embeds_them(kind: str, folders: dict[str, Path]):
     clip, plain = encoders.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
@@ -183,7 +198,12 @@ def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], t
         },
         "model": {"clip": str(folders["dinov2"])},
         "align": {"steps": 20, "batch_size": 8, "lr": 3e-3, "validation": 0.25},
-        "train": {"tasks": ["linear-probe"], "arms": ["real", "generated-aligned"], "steps": 10, "batch_size": 8},
+        "train": {
+            "tasks": ["linear-probe", "llava"],
+            "arms": ["real", "generated-aligned"],
+            "steps": 10,
+            "batch_size": 8,
+        },
         "runtime": {"device": "cpu", "threads": 1},
     }
     profile = profiles.build(values)
@@ -193,7 +213,9 @@ def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], t
     assert "reads no captions, and there are too few held-out images of each class" in aligned.summary["verdict"]
     inputs: dict[str, Artifact] = {"generated": generated, "aligned": aligned}
     cells = train.run(profile, workspace, **inputs).read_json("cells.json")
-    assert [cell["name"] for cell in cells] == ["linear-probe.real.seed0", "linear-probe.generated-aligned.seed0"]
+    assert [(cell["task"], cell["arm"]) for cell in cells] == [
+        (task, arm) for task in ("linear-probe", "llava") for arm in ("real", "generated-aligned")
+    ]
     tables = embed.run(profile, workspace, **inputs).summary["tables"]
     assert set(tables) == {"test-images", "gap-real", "gap-generated-naive", "gap-generated-aligned"}
     values["train"] = {"tasks": ["clip-text"], "arms": ["real"]}

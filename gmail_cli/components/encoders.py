@@ -166,9 +166,12 @@ class Clip:
         """
         values = normalised(_upload(torch.from_numpy(pixels), self.device), preprocess=self.preprocess)
         with self.autocast():
-            maps = self.model.visual.forward_intermediates(
-                values, indices=[_token_layer(self.model.visual)], stop_early=True, intermediates_only=True
-            )["image_intermediates"][0].float()
+            if isinstance(self.model, transformers_models.Joint | transformers_models.ImagesOnly):
+                maps = transformers_models.patch_maps(self.model, values).float()
+            else:
+                maps = self.model.visual.forward_intermediates(
+                    values, indices=[_token_layer(self.model.visual)], stop_early=True, intermediates_only=True
+                )["image_intermediates"][0].float()
         if grid:
             if min(maps.shape[2:]) < grid:
                 raise UsageError(
