@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from test_align import IMAGES, _fake_generation, _shifted
+from test_heads import pairs_of
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -36,8 +37,11 @@ from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import captions as reader
 from gmail_cli.components import encoders, tuning
+from gmail_cli.components.arms import Arm, View
+from gmail_cli.components.loop import Recipe, fit
+from gmail_cli.components.tasks import clip_text_job
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.stages import align, embed, train
+from gmail_cli.stages import align, embed, evaluate, train
 
 BLOCKS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**BLOCKS, "image_size": 32, "patch_size": 8}
@@ -177,6 +181,17 @@ def test_projection_alone(folders: dict[str, Path]):
         tuning.unfreeze_projection(encoders.load_clip(folders["dinov2"]))
 
 
+def test_the_text_tower_of_siglip_is_trained(folders: dict[str, Path]):
+    """Its inverse temperature is a vector of one number, and what is logged of it is a number."""
+    clip = encoders.load_clip(folders["siglip"])
+    pairs = pairs_of(("a red ball", "a tree on snow"), labels=(-1, -1), names=())
+    assert pairs.real is not None
+    images = torch.nn.functional.normalize(torch.randn(2, clip.dim, generator=torch.Generator().manual_seed(3)), dim=1)
+    job = clip_text_job(clip, pairs, Arm((View(images, pairs.real, real=True),)))
+    [row] = fit(job.module, loss=job.loss, rows=job.rows, recipe=Recipe(steps=2, batch_size=2, lr=1e-3))
+    assert row["temperature"] == pytest.approx(1, abs=0.01)
+
+
 def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], tmp_path: Path):
     """The SynCLR row: DINOv2 aligned with Eq. 1, a probe on top; tasks with texts refuse."""
     workspace = Workspace(tmp_path, "r")
@@ -216,8 +231,11 @@ def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], t
     assert [(cell["task"], cell["arm"]) for cell in cells] == [
         (task, arm) for task in ("linear-probe", "llava") for arm in ("real", "generated-aligned")
     ]
-    tables = embed.run(profile, workspace, **inputs).summary["tables"]
-    assert set(tables) == {"test-images", "gap-real", "gap-generated-naive", "gap-generated-aligned"}
+    inputs["train"] = train.run(profile, workspace, **inputs)
+    tables = embed.run(profile, workspace, **inputs)
+    assert set(tables.summary["tables"]) == {"test-images", "gap-real", "gap-generated-naive", "gap-generated-aligned"}
+    found = evaluate.run(profile, workspace, embeddings=tables, train=inputs.pop("train")).summary["metrics"]
+    assert {"linear-probe.real.probe_top_1_accuracy", "llava.real.cider", "llava.generated-aligned.cider"} <= set(found)
     values["train"] = {"tasks": ["clip-text"], "arms": ["real"]}
     with pytest.raises(UsageError, match="has no text tower"):
         train.run(profiles.build(values), workspace, **inputs)
