@@ -78,6 +78,8 @@ def find_inputs(
 ) -> dict[str, Artifact]:
     """The artifacts a single stage reads: those given, those they were made from, else the run's latest.
 
+    Training on a given generate artifact takes the run's latest align artifact where that was made from it.
+
     Args:
         stage: The stage to run.
         workspace: Where to look.
@@ -100,6 +102,9 @@ def find_inputs(
                     if MAKER[name] == ancestor.stage and name not in found:
                         ancestor.require_version()
                         found[name] = ancestor
+        aligned = workspace.latest("align") if stage == "train" and "aligned" not in found else None
+        if aligned and {*aligned.manifest["key"]["inputs"].values()} & {each.digest for each in given.values()}:
+            found["aligned"] = aligned
     elif not optional_only:
         for name in INPUTS[stage]:
             latest = workspace.latest(MAKER[name])

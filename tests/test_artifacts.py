@@ -346,6 +346,18 @@ def test_loading_what_is_no_artifact_says_so(tmp_path: Path) -> None:
         Artifact.load(tmp_path)
 
 
+def test_training_on_given_images_finds_what_was_aligned_with_them(tmp_path: Path) -> None:
+    elsewhere, workspace = Workspace(tmp_path, "images"), Workspace(tmp_path, "r")
+    made = []
+    for number in range(2):
+        with elsewhere.open(StageKey(stage="generate", settings={"number": number})) as slot:
+            made.append(slot.commit(summary={}))
+    with workspace.open(StageKey(stage="align", settings={}, inputs={"generated": made[1].digest})) as slot:
+        aligned = slot.commit(summary={})
+    assert plan.find_inputs("train", workspace, given={"generated": made[1]})["aligned"].digest == aligned.digest
+    assert "aligned" not in plan.find_inputs("train", workspace, given={"generated": made[0]})
+
+
 def test_what_another_version_of_a_stage_made_is_refused_but_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,48 @@ def test_coco_images_are_found_and_fingerprinted(shared_data: Path) -> None:
     assert dataset.fingerprint != read(folder / "captions_dev.json", limit=20).fingerprint
 
 
+def test_conceptual_captions_without_a_header(tmp_path: Path) -> None:
+    """CC3M's file has the caption first, CC12M's the address; the first line is a record, quotation marks are text."""
+    said = ['a "red" ball', "a tree , by the sea"]
+    addresses = ["http://example.org/a.jpg", "https://example.org/b.jpg"]
+    pairs = [*zip(said, addresses, strict=True)]
+    (tmp_path / "cc3m.tsv").write_text("".join(f"{text}\t{url}\n" for text, url in pairs))
+    (tmp_path / "cc12m.tsv").write_text("".join(f"{url}\t{text}\n" for text, url in pairs))
+    for name in ("cc3m.tsv", "cc12m.tsv"):
+        dataset = read(tmp_path / name)
+        assert [caption.text for caption in dataset.captions] == said
+        assert len({image.id for image in dataset.images}) == 2
+        assert not dataset.has_images
+    (tmp_path / "cut.tsv").write_text(f"{said[0]}\t{addresses[0]}\n{said[1]}\n")
+    with pytest.raises(InputError, match=r"cut.tsv:2: 1 fields where"):
+        read(tmp_path / "cut.tsv")
+    (tmp_path / "words.tsv").write_text("a ball\ta tree\n")
+    with pytest.raises(InputError, match="has neither a caption nor an image column"):
+        read(tmp_path / "words.tsv")
+
+
+def test_what_img2dataset_leaves(tmp_path: Path) -> None:
+    """Tars, and beside each a Parquet file of all that was asked for, also what could not be fetched."""
+    for shard in range(2):
+        members: dict[str, bytes] = {}
+        records = []
+        for number in range(3):
+            key, ok = f"{shard:05d}{number:04d}", number < 2
+            url, text = f"http://example.org/{key}", f"a ball {key}"
+            record = {"url": url, "caption": text, "key": key, "status": "success" if ok else "failed_to_download"}
+            record |= {"error_message": None, "width": 4, "height": 4, "exif": "{}", "sha256": "0" * 64}
+            records.append(record)
+            if ok:
+                members |= {f"{key}.jpg": png(number), f"{key}.json": json.dumps(record).encode()}
+                members[f"{key}.txt"] = text.encode()
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / f"{shard:05d}.parquet")
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    dataset = read(tmp_path, need_images=True)
+    assert texts(dataset) == [(key, f"a ball {key}") for key in ("000000000", "000000001", "000010000", "000010001")]
+    assert dataset.image_bytes(3) == png(1)
+
+
 def test_parquet_images_and_labels(shared_data: Path) -> None:
     dataset = read(shared_data / "cifake" / "generated-00001-of-00002.parquet", limit=500, need_images=True)
     assert (len(dataset), len(dataset.class_names), dataset.images[0].label) == (500, 10, "deer")

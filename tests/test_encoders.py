@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from small_clips import RESNET, TEXTS, VIT
+from small_clips import RESNET, TEXT, TEXTS, VIT
 
 from gmail_cli.components import embedding, encoders, rotary
 from gmail_cli.components.encoders import Clip
@@ -223,3 +223,12 @@ def test_images_embed_in_order_as_unit_rows(vit: Clip):
     single = embedding.embed_images(vit, lambda _row: image_bytes(5), 1)
     np.testing.assert_allclose(vectors[5], single[0], atol=1e-6)
     assert seen == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_the_tokenizer_of_another_model_is_named(tmp_path: Path):
+    """open_clip's own has 49,408 tokens, the text tower here 600."""
+    config = {**VIT, "model_cfg": {**VIT["model_cfg"], "text_cfg": {**TEXT, "vocab_size": 600}}}
+    encoders.save_clip(encoders.build_clip(config), tmp_path)
+    clip = encoders.load_clip(tmp_path)
+    with pytest.raises(InputError, match=r"gives token 49407 for 'a cat' .* its text tower knows 600 tokens"):
+        clip.tokenize(["a cat"])

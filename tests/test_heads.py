@@ -18,6 +18,7 @@ from gmail_cli.components.heads import (
     DualProjection,
     Probe,
     classify,
+    generate,
     generate_captions,
     load_captioner,
     load_lm,
@@ -58,6 +59,21 @@ def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder
+
+
+def test_texts_that_end_early_are_not_taken_for_padding(lm_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-2 warns of padding without a mask; the tokens are those of a mask of ones all the same."""
+    lm, tokenizer = load_lm(lm_folder)
+    end = tokenizer.eos_token_id
+    lm.config.pad_token_id = end
+    asked = {"input_ids": torch.tensor([[end, 5], [7, end]]), "max_new_tokens": 4, "num_beams": 2, "pad_token_id": end}
+    with caplog.at_level("WARNING", logger="transformers"):
+        ours = generate(lm, attention_mask=torch.ones(2, 2, dtype=torch.long), **asked)
+        assert not caplog.records
+        theirs = lm.generate(attention_mask=torch.ones(2, 2, dtype=torch.long), do_sample=False, **asked)
+    assert "attention_mask" in caplog.text
+    assert torch.equal(ours, theirs)
+    assert lm.config.pad_token_id == end
 
 
 def pairs_of(texts: tuple[str, ...], *, labels: tuple[int, ...], names: tuple[str, ...]) -> Pairs:

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from test_align import IMAGES, _fake_generation, _shifted
+from test_heads import pairs_of
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -36,8 +37,11 @@ from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import captions as reader
 from gmail_cli.components import encoders, tuning
+from gmail_cli.components.arms import Arm, View
+from gmail_cli.components.loop import Recipe, fit
+from gmail_cli.components.tasks import clip_text_job
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.stages import align, embed, train
+from gmail_cli.stages import align, embed, evaluate, train
 
 BLOCKS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**BLOCKS, "image_size": 32, "patch_size": 8}
@@ -108,6 +112,21 @@ def test_images_embed_as_transformers_embeds_them(kind: str, folders: dict[str, 
     assert np.abs(ours - theirs.numpy()).max() < 0.03
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_patch_tokens_are_those_of_the_last_layer_but_one(kind: str, folders: dict[str, Path]):
+    clip, plain = encoders.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
+    shown = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), "uint8")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip.preprocess.mean, clip.preprocess.std))
+    tower = plain.vision_model if kind in JOINT else plain
+    with torch.no_grad():
+        states = tower((torch.from_numpy(shown) / 255 - mean) / std, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    tokens = clip.encode_patches(shown)
+    torch.testing.assert_close(tokens, states[1][:, 0 if kind == "siglip" else 1 :], atol=1e-5, rtol=0)
+    quarters = tokens.unflatten(1, (4, 4))[:, :2, 2:].flatten(1, 2).mean(dim=1)
+    torch.testing.assert_close(clip.encode_patches(shown, grid=2)[:, 1], quarters)
+
+
 @pytest.mark.parametrize("kind", JOINT)
 def test_texts_embed_as_transformers_embeds_them(kind: str, folders: dict[str, Path]):
     clip, plain = encoders.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
@@ -162,6 +181,17 @@ def test_projection_alone(folders: dict[str, Path]):
         tuning.unfreeze_projection(encoders.load_clip(folders["dinov2"]))
 
 
+def test_the_text_tower_of_siglip_is_trained(folders: dict[str, Path]):
+    """Its inverse temperature is a vector of one number, and what is logged of it is a number."""
+    clip = encoders.load_clip(folders["siglip"])
+    pairs = pairs_of(("a red ball", "a tree on snow"), labels=(-1, -1), names=())
+    assert pairs.real is not None
+    images = torch.nn.functional.normalize(torch.randn(2, clip.dim, generator=torch.Generator().manual_seed(3)), dim=1)
+    job = clip_text_job(clip, pairs, Arm((View(images, pairs.real, real=True),)))
+    [row] = fit(job.module, loss=job.loss, rows=job.rows, recipe=Recipe(steps=2, batch_size=2, lr=1e-3))
+    assert row["temperature"] == pytest.approx(1, abs=0.01)
+
+
 def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], tmp_path: Path):
     """The SynCLR row: DINOv2 aligned with Eq. 1, a probe on top; tasks with texts refuse."""
     workspace = Workspace(tmp_path, "r")
@@ -183,7 +213,12 @@ def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], t
         },
         "model": {"clip": str(folders["dinov2"])},
         "align": {"steps": 20, "batch_size": 8, "lr": 3e-3, "validation": 0.25},
-        "train": {"tasks": ["linear-probe"], "arms": ["real", "generated-aligned"], "steps": 10, "batch_size": 8},
+        "train": {
+            "tasks": ["linear-probe", "llava"],
+            "arms": ["real", "generated-aligned"],
+            "steps": 10,
+            "batch_size": 8,
+        },
         "runtime": {"device": "cpu", "threads": 1},
     }
     profile = profiles.build(values)
@@ -193,9 +228,14 @@ def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], t
     assert "reads no captions, and there are too few held-out images of each class" in aligned.summary["verdict"]
     inputs: dict[str, Artifact] = {"generated": generated, "aligned": aligned}
     cells = train.run(profile, workspace, **inputs).read_json("cells.json")
-    assert [cell["name"] for cell in cells] == ["linear-probe.real.seed0", "linear-probe.generated-aligned.seed0"]
-    tables = embed.run(profile, workspace, **inputs).summary["tables"]
-    assert set(tables) == {"test-images", "gap-real", "gap-generated-naive", "gap-generated-aligned"}
+    assert [(cell["task"], cell["arm"]) for cell in cells] == [
+        (task, arm) for task in ("linear-probe", "llava") for arm in ("real", "generated-aligned")
+    ]
+    inputs["train"] = train.run(profile, workspace, **inputs)
+    tables = embed.run(profile, workspace, **inputs)
+    assert set(tables.summary["tables"]) == {"test-images", "gap-real", "gap-generated-naive", "gap-generated-aligned"}
+    found = evaluate.run(profile, workspace, embeddings=tables, train=inputs.pop("train")).summary["metrics"]
+    assert {"linear-probe.real.probe_top_1_accuracy", "llava.real.cider", "llava.generated-aligned.cider"} <= set(found)
     values["train"] = {"tasks": ["clip-text"], "arms": ["real"]}
     with pytest.raises(UsageError, match="has no text tower"):
         train.run(profiles.build(values), workspace, **inputs)

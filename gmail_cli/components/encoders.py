@@ -106,19 +106,32 @@ class Clip:
         """Whether there is a text tower."""
         return self.tokenizer is not None
 
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """How many tokens the text tower knows."""
+        text = getattr(self.model, "text", self.model)
+        return max(each.num_embeddings for each in text.modules() if isinstance(each, nn.Embedding))
+
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of ``texts``; what does not fit is cut, keeping the end-of-text token last.
 
         Raises:
+            InputError: The tokenizer is another model's, with tokens that this text tower does not know.
             UsageError: There is no text tower.
         """
         if not self.reads_texts:
             raise UsageError(
                 f"{self.name} has no text tower, and this needs one",
                 hint="Take a CLIP or SigLIP as model.clip. A tower of images alone serves gmail align, and the tasks "
-                "linear-probe and clipcap on every arm but none.",
+                "linear-probe, clipcap and llava on every arm but none.",
             )
         ids = self.tokenizer(list(texts))
+        if len(ids) and int(ids.max()) >= self.vocabulary:
+            raise InputError(
+                f"the tokenizer of {self.name} gives token {int(ids.max())} for {texts[0][:40]!r} or a text beside it, "
+                f"and its text tower knows {self.vocabulary} tokens",
+                hint="It is another model's: give the folder the tokenizer that the model was trained with.",
+            )
         truncated = torch.zeros(len(ids), dtype=torch.bool)
         full = torch.nonzero(self.lengths(ids) == self.context_length).flatten().tolist()
         if full:
@@ -166,9 +179,12 @@ class Clip:
         """
         values = normalised(_upload(torch.from_numpy(pixels), self.device), preprocess=self.preprocess)
         with self.autocast():
-            maps = self.model.visual.forward_intermediates(
-                values, indices=[_token_layer(self.model.visual)], stop_early=True, intermediates_only=True
-            )["image_intermediates"][0].float()
+            if isinstance(self.model, transformers_models.Joint | transformers_models.ImagesOnly):
+                maps = transformers_models.patch_maps(self.model, values).float()
+            else:
+                maps = self.model.visual.forward_intermediates(
+                    values, indices=[_token_layer(self.model.visual)], stop_early=True, intermediates_only=True
+                )["image_intermediates"][0].float()
         if grid:
             if min(maps.shape[2:]) < grid:
                 raise UsageError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -244,12 +244,12 @@ class Captioner(Head):
     def write(self, inputs: Float[Tensor, "batch length width"], *, beams: int, max_tokens: int) -> list[str]:
         """What the language model says after these input embeddings, by greedy (``beams`` 1) or beam search."""
         end = self.tokenizer.eos_token_id
-        tokens = self.lm.generate(
+        tokens = generate(
+            self.lm,
             inputs_embeds=inputs,
             attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
             max_new_tokens=min(max_tokens, self.context + self.prefix_length - inputs.shape[1]),
             num_beams=beams,
-            do_sample=False,
             eos_token_id=end,
             pad_token_id=end,
         )
@@ -355,6 +355,20 @@ def _fuse_gelu(lm: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def generate(lm: Any, **options: Any) -> Int64[Tensor, "batch length"]:
+    """What transformers' ``generate`` writes, greedily or by beam search.
+
+    It drops an attention mask that hides nothing, and GPT-2 then takes a text that has ended for padding and warns,
+    unless its config names no token to pad with. The one in ``options`` is used either way.
+    """
+    config = lm.config
+    pad, config.pad_token_id = getattr(config, "pad_token_id", None), None
+    try:
+        return lm.generate(do_sample=False, **options)
+    finally:
+        config.pad_token_id = pad
 
 
 def load_captioner(folder: Path) -> Captioner:

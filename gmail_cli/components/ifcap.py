@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gmail_cli.components import parallel
 from gmail_cli.components.arms import Arm
 from gmail_cli.components.heads import (
     CONFIG_FILE,
@@ -159,16 +160,17 @@ def ifcap_job(
     words = [content_words(pairs.texts[row]) for row in first]
 
     def loss(rows: Tensor, step: int) -> Tensor:
-        drawn, real = arm.draw(rows)
-        features, numbers = drawn.to(device), pairs.text_ids[rows]
-        asked = features + retrieval_noise * torch.randn(features.shape).to(device) if retrieval_noise else features
-        found = captioner.retrieve(asked, count=captioner.retrieved, but=numbers.to(device))
+        features, real = arm.draw(rows)
+        numbers, share = pairs.text_ids[rows], parallel.ranks().share(len(rows))
+        noise = torch.randn(features.shape).to(features.device) if retrieval_noise else 0.0
+        asked = features + retrieval_noise * noise
         named = [[word for word in words[number] if torch.rand(()) >= word_drop] for number in numbers.tolist()]
         answers = [row[row != IGNORED] for row in table[numbers]]
-        inputs, wanted = behind(captioner.sentences(named), answers, context=captioner.context)
-        return captioner.loss_behind(
-            captioner.prefix(features, real.to(device), found), inputs.to(device), wanted.to(device)
-        )
+        found = captioner.retrieve(asked[share].to(device), count=captioner.retrieved, but=numbers[share].to(device))
+        inputs, wanted = behind(captioner.sentences(named[share]), answers[share], context=captioner.context)
+        prefix = captioner.prefix(features[share].to(device), real[share].to(device), found)
+        mean = captioner.loss_behind(prefix, inputs.to(device), wanted.to(device))
+        return parallel.add(mean * (sum(map(len, answers[share])) / sum(map(len, answers))))
 
     def export(folder: Path) -> None:
         save_retrieval_captioner(captioner, folder)

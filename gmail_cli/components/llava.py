@@ -36,7 +36,7 @@ from gmail_cli.components.conversations import (
     refuse,
     shown,
 )
-from gmail_cli.components.heads import load_lm, ridge_to
+from gmail_cli.components.heads import generate, load_lm, ridge_to
 from gmail_cli.components.loop import Job, Recipe, batch_indices, seed_from
 from gmail_cli.components.pairs import Pairs
 from gmail_cli.components.questions import QuestionSet
@@ -417,12 +417,12 @@ def answer(
         images = sum(IMAGE_ID in row for row in rows)
         batch = tokens[used : used + images].to(device)
         used += images
-        written = model.lm.generate(
+        written = generate(
+            model.lm,
             inputs_embeds=model.embed(ids, batch, torch.ones(images, dtype=torch.bool, device=device)),
             attention_mask=seen,
             max_new_tokens=max(1, min(max_tokens, model.context - length)),
             num_beams=beams,
-            do_sample=False,
             eos_token_id=stops,
             pad_token_id=end,
         )

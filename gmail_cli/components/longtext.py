@@ -202,7 +202,7 @@ def long_clip_job(
         assert arm is not None
         drawn, _ = arm.draw(rows)
         images = drawn.to(clip.device)
-        scale = model.logit_scale.exp().clamp(max=LARGEST_SCALE)
+        scale = model.logit_scale.exp().clamp(max=LARGEST_SCALE).reshape(())
         value, accuracy = contrastive_loss(
             images,
             embed(longs[rows]),

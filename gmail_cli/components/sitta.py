@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gmail_cli.components.arms import Arm
-from gmail_cli.components.heads import CONFIG_FILE, WEIGHTS_FILE, load_lm
+from gmail_cli.components.heads import CONFIG_FILE, WEIGHTS_FILE, generate, load_lm
 from gmail_cli.components.loop import Job
 from gmail_cli.components.pairs import Pairs
 from gmail_cli.errors import InputError
@@ -199,12 +199,12 @@ def write_captions(
                 f"a prompt of {prompts.shape[1]} tokens fills the language model {model.about['lm']}",
                 hint="Train with a smaller --set train.retrieved_tokens.",
             )
-        written = model.lm.generate(
+        written = generate(
+            model.lm,
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=min(max_tokens, room),
             num_beams=beams,
-            do_sample=False,
             eos_token_id=stops,
             pad_token_id=tokenizer.eos_token_id,
         )[:, prompts.shape[1] :]

@@ -222,7 +222,7 @@ def augmented(pixels: UInt8[Tensor, "batch size size 3"], augment: Augment) -> U
 def _contrast(
     model: Any, images: Tensor, texts: Tensor, pairs: Pairs, rows: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    scale = model.logit_scale.exp().clamp(max=LARGEST_SCALE)
+    scale = model.logit_scale.exp().clamp(max=LARGEST_SCALE).reshape(())  # transformers' SigLIP has a vector of one
     value, accuracy = contrastive_loss(
         images,
         texts,

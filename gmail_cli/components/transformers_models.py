@@ -102,6 +102,17 @@ def _class_token(_module: nn.Module, _given: Any, output: Any) -> Tensor:
     return output.last_hidden_state[:, 0]
 
 
+def patch_maps(
+    model: Joint | ImagesOnly, pixels: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch width rows columns"]:
+    """What the last layer but one says of each patch; class token and registers, which stand before, are left out."""
+    tower: Any = model.visual.vision_model if isinstance(model, Joint) else model.visual
+    # Not called as a module: a tower without texts would give its class token alone.
+    states = tower.forward(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    rows, columns = (side // int(tower.config.patch_size) for side in pixels.shape[2:])
+    return states[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+
+
 class Tokenizer:
     """A transformers tokenizer, called as open_clip calls its own: texts to ids of one length."""
 
@@ -198,26 +209,30 @@ def load(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Tokenizer 
     Raises:
         InputError: Weights that are missing or do not fit.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
+        kind, options = config["transformers"]["model_type"], {}
+        if kind == "vit":  # the pooler is not what we read, and often not among the weights
+            with safe_open(weights_file(folder), "pt") as tensors:
+                options["add_pooling_layer"] = any(name.startswith("pooler.") for name in tensors.keys())  # noqa: SIM118
         model, told = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
-        if lacking := sorted(name for name in told["missing_keys"] if not name.startswith("pooler.")):
+        if lacking := sorted(told["missing_keys"]):
             raise ValueError(f"its weights lack {lacking[0]}")
         tokenizer = None
-        if config["transformers"]["model_type"] in JOINT:
+        if kind in JOINT:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded by transformers: {error}", hint="Check model.clip.") from error
     size = int(config["preprocess_cfg"]["size"])
     if tokenizer is None:
-        if getattr(model, "pooler", None) is not None and config["transformers"]["model_type"] == "vit":
-            model.pooler = None  # not what we read, and often not among the weights
+        if kind == "vit":
+            model.pooler = None
         return ImagesOnly(model, image_size=size), None
     joint = Joint(model, image_size=size)
     return joint, Tokenizer(tokenizer, context_length=joint.context_length)

@@ -194,7 +194,8 @@ def add_lora(
             with _peft():
                 adapter = get_peft_model(_shell(visual), config)
         except (ValueError, TypeError) as error:
-            hint = "Name modules of the image tower, such as attn, c_fc and c_proj."
+            own = dict.fromkeys(name.rpartition(".")[2] for name in lora_targets(clip.model.visual))
+            hint = f"Name modules of the image tower; left empty it takes {', '.join(own)}."
             raise UsageError(f"align.lora_targets = {targets}: {error}", hint=hint) from error
     for name, parameter in adapter.named_parameters():
         if ".out_proj." in name:

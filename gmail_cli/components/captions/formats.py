@@ -324,7 +324,8 @@ def karpathy(path: Location, request: Request, report: Report) -> Iterator[Row]:
 def table(path: Location, request: Request, report: Report) -> Iterator[Row]:
     """CSV or TSV with a header: a caption or image column, and id and label columns where there are any.
 
-    Tabs in the header make it TSV, where quotation marks are part of the text.
+    Tabs in the header make it TSV, where quotation marks are part of the text. Conceptual Captions have no header: two
+    columns, of which one holds the image's address.
     """
     text = read_text(path)
     tabs = "\t" in text.partition("\n")[0]
@@ -334,6 +335,10 @@ def table(path: Location, request: Request, report: Report) -> Iterator[Row]:
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
     )
     header = [name.strip().lower() for name in next(reader, [])]
+    addresses = [value.startswith(("http://", "https://")) for value in header]
+    if tabs and sorted(addresses) == [False, True]:
+        header = ["url" if address else "caption" for address in addresses]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     if not set(header) & {*CAPTION_FIELDS, *LONG_FIELDS, *PATH_FIELDS}:
         raise InputError(
             f"{path} has neither a caption nor an image column; its columns are {', '.join(header) or '(none)'}",

@@ -72,7 +72,8 @@ def read(
             built-in world; needs ``limit``).
         images: Folder of the image files that ``source`` names; every file must then be there. None takes
             those that lie beside ``source``.
-        format: ``auto`` goes by suffix and content; ``table`` is CSV or TSV with a header.
+        format: ``auto`` goes by suffix and content; ``table`` is CSV or TSV with a header, or
+            Conceptual Captions' TSV without one.
         split: ``train``, ``val``, ``test``, ``restval`` or several joined by ``+``, for Karpathy's JSON; for records in
             JSON, by their field ``split``.
         limit: Keep the first so many images, with all their captions.
@@ -173,7 +174,8 @@ def _paths(source: str, kind: Format) -> list[Location]:
         raise InputError(f"{source} matches no file")
     if len(paths) == 1 and paths[0].is_dir() and kind in ("auto", "parquet", "webdataset"):
         parquet, tars = (_children(paths[0], suffix) for suffix in (".parquet", ".tar"))
-        shards = {"parquet": parquet, "webdataset": tars}.get(kind, parquet or tars)
+        # Beside its tars img2dataset leaves Parquet files of what it fetched, without the images.
+        shards = {"parquet": parquet, "webdataset": tars}.get(kind, tars or parquet)
         if not shards and kind != "auto":
             raise InputError(f"{source} holds no {kind} files")
         return shards or paths

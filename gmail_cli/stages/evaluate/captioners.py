@@ -56,7 +56,6 @@ def _sitta(given: Inputs, model: Model, rows: list[int]) -> list[str]:
 
     chosen = given.profile.eval
     made = sitta.load_linear_map(given.artifacts["train"].folder(model.folder))
-    _check_encoder(given, model, str(made.about["encoder"]))
     vectors, embed = tensor(given.images(model).vectors[rows]), given.encoder.encode_texts
     return sitta.write_captions(made, vectors, embed=embed, beams=chosen.beams, max_tokens=chosen.caption_tokens)
 
@@ -67,9 +66,7 @@ def _load_llava(given: Inputs, model: Model) -> llava.Llava:
     from gmail_cli.components.encoders import pick_device
 
     folder = given.artifacts["train"].folder(model.folder)
-    made = llava.load_llava(folder, device=pick_device(given.profile.runtime.device))
-    _check_encoder(given, model, str(made.about["encoder"]))
-    return made
+    return llava.load_llava(folder, device=pick_device(given.profile.runtime.device))
 
 
 def _llava(given: Inputs, model: Model, rows: list[int]) -> list[str]:
@@ -127,17 +124,6 @@ def _see(given: Inputs, about: Mapping[str, Any], images: Sequence[bytes]) -> An
     return tensor(embedding.patch_tokens(given.encoder, images.__getitem__, len(images), grid=grid, workers=workers))
 
 
-def _check_encoder(given: Inputs, model: Model, digest: str) -> None:
-    """Refuse a model that was trained on the tokens of another f_r."""
-    header = given.tables[IMAGES].header
-    if header.flow == "real" and header.encoder_digest != digest:
-        raise InputError(
-            f"{model.name} was trained on tokens of encoder {digest[:12]}, the test images were embedded with "
-            f"{header.encoder} ({header.encoder_digest[:12]})",
-            hint="Embed the test images with the model.clip it was trained with.",
-        )
-
-
 def _patches(given: Inputs, ids: list[str], *, grid: int) -> Any:
     """Patch tokens of test images, which the embeddings do not hold."""
     import torch
@@ -173,6 +159,8 @@ def clip_scorer(given: Inputs) -> ClipScorer | None:
             raise InputError(f"the test images did not go through {name} as it is now")
         device = encoders.pick_device(given.profile.runtime.device)
         clip = encoders.load_clip(name, device=device, **chosen)
+        if not clip.reads_texts:
+            raise InputError(f"{name} has no text tower")
     except GmailError as error:
         given.note(f"CLIPScore left out: {error.message}.")
         return None

@@ -144,10 +144,28 @@ class Inputs:
             raise InputError(f"the embeddings lack table {name!r}", hint="Run gmail embed with this train artifact.")
         return self.tables[name]
 
+    def check_encoder(self, model: Model) -> None:
+        """Refuse a model whose training read the embeddings of another f_r than the test images'.
+
+        Raises:
+            InputError: It did.
+        """
+        header = self.images(model).header
+        trained = self.artifacts["train"].manifest["key"]["models"].get("clip") if model.folder else None
+        if model.own_images or trained is None or header.flow != "real" or header.encoder_digest == trained:
+            return
+        raise InputError(
+            f"{model.name} was trained with encoder {trained[:12]}, the test images were embedded with "
+            f"{header.encoder} ({header.encoder_digest[:12]})",
+            hint="Embed the test images with the model.clip it was trained with.",
+        )
+
     def references(self) -> dict[str, list[str]]:
         """The short captions of each test image (all captions, where there are only long ones)."""
         texts = self.tables.get(TEXTS)
-        rows = texts.rows if texts else []
+        rows = list(texts.rows) if texts else []
+        if texts is None and self.test:  # CLIP reads no texts, so none were embedded
+            rows = [{"owner": each.owner, "text": each.text, "kind": each.kind} for each in self.test.captions]
         short = [row for row in rows if (row.get("kind") or "short") == "short"] or rows
         found: dict[str, list[str]] = {}
         for row in short:

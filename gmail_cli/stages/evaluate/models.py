@@ -87,6 +87,7 @@ class Measured:
 
     def measure(self, model: Model) -> Cell:
         """The scores of one model."""
+        self.given.check_encoder(model)
         return Cell(
             task=model.task,
             arm=model.arm,

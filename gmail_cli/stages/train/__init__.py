@@ -166,7 +166,7 @@ def _key(
     if any(TASKS[task].needs_clip for task in tasks if task != "clip" or not train.architecture):
         from gmail_cli.components.encoders import model_digest
 
-        models["clip"] = model_digest(profile.model.clip, revision=profile.model.revision)
+        models["clip"] = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     if "latent-diffusion" in tasks:
         from gmail_cli.components.generative import autoencoder_folder
 

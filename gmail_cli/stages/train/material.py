@@ -84,7 +84,7 @@ def material_of(
         read(profile),
         generated=GeneratedSet.load(generated.path) if generated else None,
         kinds=profile.train.kinds,
-        f_r=lambda: load_clip(profile.model.clip, revision=profile.model.revision, device=device),
+        f_r=lambda: load_clip(profile.model.clip, revision=profile.model.revision, device=device, seed=profile.seed),
         f_g=f_g,
         mix_ratio=profile.train.mix_ratio,
         device=device,
@@ -100,7 +100,7 @@ def features_of(profile: Profile, view: ViewName, images: Sequence[str], *, alig
 
     name, what = profile.model.clip, "real images" if view == "real" else "generated images"
     if view != "aligned":
-        digest = model_digest(name, revision=profile.model.revision)
+        digest = model_digest(name, revision=profile.model.revision, seed=profile.seed)
     else:
         assert aligned is not None, "plan_key has checked it"
         name, digest = f"f_g of align/{aligned.digest[:12]}", model_digest(aligned.folder("clip"))

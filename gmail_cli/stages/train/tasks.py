@@ -445,6 +445,7 @@ TASKS: Mapping[TaskName, Task] = {
     "ifcap": Task(
         build=_ifcap,
         arms=_EMBEDDED | {"texts"},
+        shared=True,
         settings=_OF_CAPTIONER
         | {"caption_memory", "retrieved_captions", "retrieval_noise", "filtered_captions", "word_drop"},
     ),
