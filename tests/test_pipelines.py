@@ -85,10 +85,29 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
     assert images(Path("runs/text/generate/latest")) == expected
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd3", "sana"], indirect=True)
-def test_captions_longer_than_the_text_encoders_are_marked(kind: str, folders: Path) -> None:
-    sampler = diffusion.Sampler(pipelines.load_pipeline(str(folders / kind)), sampling=SAMPLING)
-    jobs = [diffusion.Job("fits", "a b c", 0), diffusion.Job("cut", "a " * 400, 0)]
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("sd1", 32), ("sd3", 256), ("flux", 512), ("pixart-alpha", 120), ("pixart-sigma", 300), ("sana", 300)],
+    indirect=["kind"],
+)
+def test_captions_longer_than_the_text_encoders_are_marked(kind: str, limit: int, folders: Path) -> None:
+    """What T5 or Gemma reads is set by diffusers, whatever length the tokenizer's own file names."""
+    pipeline = pipelines.load_pipeline(str(folders / kind))
+    last = next(each for n in ("_3", "_2", "") if (each := getattr(pipeline, f"tokenizer{n}", None)) is not None)
+    letters = limit + 1 - len(last("a").input_ids)  # a token each, beside those that begin and end the text
+    fits, cut = "a" * letters, "a" * (letters + 1)
+    assert [len(last(text).input_ids) for text in (fits, cut)] == [limit, limit + 1]
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    jobs = [diffusion.Job("fits", fits, 0), diffusion.Job("cut", cut, 0)]
+    assert [drawn.truncated for drawn in next(sampler.draw(jobs))] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["sd3"], indirect=True)
+def test_an_encoder_that_was_left_out_reads_no_caption(kind: str, folders: Path) -> None:
+    pipeline = pipelines.load_pipeline(str(folders / kind))
+    pipeline.text_encoder_3 = None
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    jobs = [diffusion.Job("fits", "a b c", 0), diffusion.Job("cut", "a" * 40, 0)]  # CLIP's 32, T5's 256
     assert [drawn.truncated for drawn in next(sampler.draw(jobs))] == [False, True]
 
 

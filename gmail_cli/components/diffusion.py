@@ -329,16 +329,23 @@ class Sampler:
         """Whether each prompt is cut by every tokenizer of the pipeline."""
         if self.windows:
             return [self.windows.cut(prompt).truncated for prompt in prompts]
-        parts = [  # a tokenizer whose encoder was left out, as SD3's T5 often is, reads nothing
+        parts = [
             (getattr(self.pipeline, f"tokenizer{number}", None), getattr(self.pipeline, f"text_encoder{number}", None))
             for number in ("", "_2", "_3")
         ]
-        tokenizers = [tokenizer for tokenizer, encoder in parts if tokenizer is not None and encoder is not None]
-        longest = self.accepted["max_sequence_length"].default if "max_sequence_length" in self.accepted else None
-        limits = [min(filter(None, (each.model_max_length, longest))) for each in tokenizers]
+        limits = [tokenizer.model_max_length if tokenizer is not None else 0 for tokenizer, _ in parts]
+        if "max_sequence_length" in self.accepted:  # the last tokenizer's, T5 or Gemma; it does not ask that one's own
+            last = max(number for number, (tokenizer, _) in enumerate(parts) if tokenizer is not None)
+            limits[last] = self.accepted["max_sequence_length"].default
+        # a tokenizer whose encoder was left out, as SD3's T5 often is, reads nothing
+        reading = [
+            (tokenizer, limit)
+            for (tokenizer, encoder), limit in zip(parts, limits, strict=True)
+            if tokenizer is not None and encoder is not None
+        ]
         lengths = [
             [len(ids) > limit for ids in tokenizer(list(prompts), truncation=True, max_length=limit + 1).input_ids]
-            for tokenizer, limit in zip(tokenizers, limits, strict=True)
+            for tokenizer, limit in reading
         ]
         return [bool(cut) and all(cut) for cut in zip(*lengths, strict=True)] or [False] * len(prompts)
 
@@ -433,10 +440,12 @@ class _Encodings:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether the GPU's memory is full, or the CPU's: torch has no class of its own for that."""
+    """Whether the GPU's memory is full, or the CPU's: torch has no class of its own for that, and oneDNN's convolutions
+    only say that something could not be created."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    told = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in told)
 
 
 def _full(rows: list[Any], size: int) -> list[Any]:
