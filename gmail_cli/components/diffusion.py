@@ -255,11 +255,14 @@ class Sampler:
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
-                half = max(1, sampling.batch_size // 2)
+                size = sampling.batch_size
+                smaller = (
+                    f"--set generate.batch_size={size // 2} makes another artifact, whose images differ in the last bits; "
+                    "gmail generate --dry-run --warm-up 1 finds a size that fits"
+                )
                 raise BatchTooLargeError(
-                    f"a batch of {sampling.batch_size} images does not fit the memory: {first_line(error)}",
-                    hint=f"--set generate.batch_size={half} makes another artifact, whose images differ in the last "
-                    "bits; gmail generate --dry-run --warm-up 1 finds a size that fits",
+                    f"a batch of {size} images does not fit the memory: {first_line(error)}",
+                    hint=smaller if size > 1 else "free memory, or set a smaller generate.height and generate.width",
                 ) from error
         if not torch.equal(before, torch.get_rng_state()):
             raise UsageError(
