@@ -257,8 +257,8 @@ class Sampler:
                     raise
                 size = sampling.batch_size
                 smaller = (
-                    f"--set generate.batch_size={size // 2} makes another artifact, whose images differ in the last bits; "
-                    "gmail generate --dry-run --warm-up 1 finds a size that fits"
+                    f"--set generate.batch_size={size // 2} makes another artifact, whose images differ in the last "
+                    "bits; gmail generate --dry-run --warm-up 1 finds a size that fits"
                 )
                 raise BatchTooLargeError(
                     f"a batch of {size} images does not fit the memory: {first_line(error)}",
