@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from gmail_cli.artifacts import Workspace
-from gmail_cli.components import diffusion
+from gmail_cli.components import pipelines
 from gmail_cli.profile import Profile, build
 from gmail_cli.stages import generate
 from gmail_cli.stages.generate import planning
@@ -60,7 +60,7 @@ def instrument(pipeline: Any, spent: dict[str, float]) -> None:
 
 def stage_seconds(profile: Profile, root: Path, *, spent: dict[str, float]) -> tuple[float, int]:
     """Time of the stage without loading, and the images it made."""
-    load = diffusion.load_pipeline
+    load = pipelines.load_pipeline
     loading = 0.0
 
     def loader(*args: Any, **kwargs: Any) -> Any:
@@ -71,20 +71,20 @@ def stage_seconds(profile: Profile, root: Path, *, spent: dict[str, float]) -> t
         loading = now(time.process_time) - start
         return pipeline
 
-    diffusion.load_pipeline = loader
+    pipelines.load_pipeline = loader
     try:
         start = now(time.process_time)
         artifact = generate.run(profile, Workspace(root))
         total = now(time.process_time) - start
     finally:
-        diffusion.load_pipeline = load
+        pipelines.load_pipeline = load
     return total - loading, artifact.summary["images"]
 
 
 def loop_seconds(profile: Profile, root: Path) -> float:
     """Time of one caption at a time, its image saved as PNG."""
     settings = profile.generate
-    pipeline = diffusion.load_pipeline(
+    pipeline = pipelines.load_pipeline(
         settings.model, revision=settings.revision, dtype=settings.dtype, device="cuda" if ON_GPU else "cpu"
     )
     start = now(time.process_time)

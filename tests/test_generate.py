@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gmail_cli.artifacts import Artifact, Waiting, Workspace
-from gmail_cli.components import diffusion, quality
+from gmail_cli.components import diffusion, pipelines, quality
 from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import Generate, Profile, build
 from gmail_cli.stages import generate
@@ -101,7 +101,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline(pipeline_folder: Path) -> Any:
-    return diffusion.load_pipeline(str(pipeline_folder))
+    return pipelines.load_pipeline(str(pipeline_folder))
 
 
 SAMPLING = diffusion.Sampling(steps=3, guidance=3.0, batch_size=4, seed=5)
@@ -126,7 +126,7 @@ def pixels(sampler: diffusion.Sampler, jobs: Sequence[diffusion.Job]) -> dict[di
 def test_an_image_is_the_same_bytes_in_any_order_neighbourhood_and_shard(
     pipeline_folder: Path, scheduler: str, reuse: bool
 ) -> None:
-    loaded = diffusion.load_pipeline(str(pipeline_folder), scheduler=scheduler)
+    loaded = pipelines.load_pipeline(str(pipeline_folder), scheduler=scheduler)
     sampler = diffusion.Sampler(loaded, sampling=SAMPLING)
     assert sampler.reuses_encodings
     sampler.reuses_encodings = reuse
@@ -211,10 +211,13 @@ def test_a_generator_that_stays_blank_stops_the_run(pipeline: Any) -> None:
         hook.remove()
 
 
-def test_a_batch_that_does_not_fit_the_memory_is_named(pipeline: Any) -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_batch_that_does_not_fit_the_memory_is_named(pipeline: Any, device: str) -> None:
     import torch
 
     def full(*_: object) -> None:
+        if device == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)  # more than any machine has: torch's own error
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     hook = pipeline.unet.register_forward_pre_hook(full)
@@ -237,30 +240,30 @@ SCHEDULERS = get_args(Generate.model_fields["scheduler"].annotation)
 def test_every_scheduler_of_the_profile_draws_images_of_its_own(pipeline_folder: Path) -> None:
     images, four = {}, dataclasses.replace(SAMPLING, steps=4)
     for name in SCHEDULERS:
-        loaded = diffusion.load_pipeline(str(pipeline_folder), scheduler=name)
+        loaded = pipelines.load_pipeline(str(pipeline_folder), scheduler=name)
         assert name in {"default", type(loaded.scheduler).__name__}
         images[name] = pixels(diffusion.Sampler(loaded, sampling=four), JOBS[:1])[JOBS[0]]
     assert images.pop("default") == images["DDIMScheduler"]
     assert len(set(images.values())) >= 7  # orders of one solver agree on so small a denoiser
     with pytest.raises(UsageError, match=r"FlowMatchEuler.*DDIMScheduler\n.*'default' or one of: DDIM"):
-        diffusion.load_pipeline(str(pipeline_folder), scheduler="FlowMatchEulerDiscreteScheduler")
-    pndm = diffusion.load_pipeline(str(pipeline_folder), scheduler="PNDMScheduler")
+        pipelines.load_pipeline(str(pipeline_folder), scheduler="FlowMatchEulerDiscreteScheduler")
+    pndm = pipelines.load_pipeline(str(pipeline_folder), scheduler="PNDMScheduler")
     with pytest.raises(UsageError, match=r"PNDMScheduler cannot draw with steps = 3"):
         pixels(diffusion.Sampler(pndm, sampling=SAMPLING), JOBS[:1])
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"nobody/nothing.*OFFLINE.*\n.*hf download nobody/nothing --revision abc"):
-        diffusion.load_pipeline("nobody/nothing", revision="abc")
+        pipelines.load_pipeline("nobody/nothing", revision="abc")
     with pytest.raises(InputError, match=r"model_index\.json"):
-        diffusion.load_pipeline(str(tmp_path))
+        pipelines.load_pipeline(str(tmp_path))
     with pytest.raises(InputError, match="does not exist"):
-        diffusion.load_pipeline("./nowhere")
+        pipelines.load_pipeline("./nowhere")
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "X"]}')
     with pytest.raises(InputError, match="not a complete diffusers pipeline"):
-        diffusion.load_pipeline(str(tmp_path))
+        pipelines.load_pipeline(str(tmp_path))
     with pytest.raises(UsageError, match="float16"):
-        diffusion.load_pipeline(str(tmp_path), dtype="float16")
+        pipelines.load_pipeline(str(tmp_path), dtype="float16")
 
 
 # -- the stage -------------------------------------------------------------------------------------------------
@@ -718,7 +721,7 @@ def test_the_best_are_kept_and_the_others_recorded_without_drawing_again(
     scored: tuple[Workspace, Artifact], pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace, artifact = scored
-    monkeypatch.setattr(diffusion, "load_pipeline", None)  # nothing is drawn
+    monkeypatch.setattr(pipelines, "load_pipeline", None)  # nothing is drawn
     rows = artifact.read_jsonl("records.jsonl")
     best = generate.run(scored_profile(pipeline_folder, keep_best=1), workspace)
     kept, rejected = best.read_jsonl("records.jsonl"), best.read_jsonl("rejected.jsonl")

@@ -16,7 +16,7 @@ import torch
 
 from gmail_cli import cli
 from gmail_cli.artifacts import Artifact
-from gmail_cli.components import diffusion
+from gmail_cli.components import pipelines
 from gmail_cli.stages.generate import drawing
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -169,7 +169,7 @@ class Full:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Full], None]:
     """Give the pipelines that are loaded from now on a memory."""
-    load = diffusion.load_pipeline
+    load = pipelines.load_pipeline
 
     def limit(full: Full) -> None:
         def loaded(*arguments: Any, **options: Any) -> Any:
@@ -177,7 +177,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Full], None]:
             pipeline.unet.register_forward_pre_hook(full)
             return pipeline
 
-        monkeypatch.setattr(diffusion, "load_pipeline", loaded)
+        monkeypatch.setattr(pipelines, "load_pipeline", loaded)
 
     return limit
 
@@ -205,7 +205,7 @@ def test_a_warm_up_finds_the_batch_that_fits_and_a_run_names_a_smaller_one(
     assert not list(here.rglob("*.png"))
     assert gmail(monkeypatch, *line(pipeline_folder)) == 4
     told = capsys.readouterr().err
-    assert "a batch of 4 images does not fit the memory of the GPU" in told
+    assert "a batch of 4 images does not fit the memory" in told
     assert "--set generate.batch_size=2" in told
     memory(Full(0))
     assert gmail(monkeypatch, *line(pipeline_folder, "--dry-run", "--warm-up", "2")) == 4

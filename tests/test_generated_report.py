@@ -105,6 +105,18 @@ def test_the_images_at_the_bad_end_of_each_score_are_shown_one_of_each_caption()
     assert [[each.marked for each in row.pictures] for row in doubles] == [[True, False, False, False]] * 6
 
 
+def test_prompts_that_a_language_model_wrote_stand_beside_the_caption() -> None:
+    written = ["a cat 0", None, f"one {HOSTILE}", f"one {HOSTILE}"]
+    rows = [row | {"rewritten": text} for row, text in zip(records(1), written, strict=True)]
+    html = page(rows)
+    text = " ".join(Page(html).text.split())
+    assert f"twin_similarity 0.750; image 3 by a cat 1; k = 3, 2 drawn from: one {HOSTILE}" in text
+    assert f"clip_score 0.250; image 3 by a cat 1; drawn from: one {HOSTILE}" in text
+    assert "drawn from: a cat 0" not in text
+    assert "drawn from" not in page(records(1))
+    assert "script" not in Page(html).tags
+
+
 def test_scores_that_no_image_has_are_left_out() -> None:
     without = {"twin_similarity": None, "partner_similarity": None, "copy_similarity": None, "copy_of": None}
     html = page([row | without for row in records()], real=False)

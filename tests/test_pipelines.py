@@ -12,7 +12,7 @@ import torch
 
 from gmail_cli import cli
 from gmail_cli.artifacts import Artifact, file_sha256
-from gmail_cli.components import diffusion
+from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -85,10 +85,29 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
     assert images(Path("runs/text/generate/latest")) == expected
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd3", "sana"], indirect=True)
-def test_captions_longer_than_the_text_encoders_are_marked(kind: str, folders: Path) -> None:
-    sampler = diffusion.Sampler(diffusion.load_pipeline(str(folders / kind)), sampling=SAMPLING)
-    jobs = [diffusion.Job("fits", "a b c", 0), diffusion.Job("cut", "a " * 400, 0)]
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("sd1", 32), ("sd3", 256), ("flux", 512), ("pixart-alpha", 120), ("pixart-sigma", 300), ("sana", 300)],
+    indirect=["kind"],
+)
+def test_captions_longer_than_the_text_encoders_are_marked(kind: str, limit: int, folders: Path) -> None:
+    """What T5 or Gemma reads is set by diffusers, whatever length the tokenizer's own file names."""
+    pipeline = pipelines.load_pipeline(str(folders / kind))
+    last = next(each for n in ("_3", "_2", "") if (each := getattr(pipeline, f"tokenizer{n}", None)) is not None)
+    letters = limit + 1 - len(last("a").input_ids)  # a token each, beside those that begin and end the text
+    fits, cut = "a" * letters, "a" * (letters + 1)
+    assert [len(last(text).input_ids) for text in (fits, cut)] == [limit, limit + 1]
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    jobs = [diffusion.Job("fits", fits, 0), diffusion.Job("cut", cut, 0)]
+    assert [drawn.truncated for drawn in next(sampler.draw(jobs))] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["sd3"], indirect=True)
+def test_an_encoder_that_was_left_out_reads_no_caption(kind: str, folders: Path) -> None:
+    pipeline = pipelines.load_pipeline(str(folders / kind))
+    pipeline.text_encoder_3 = None
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    jobs = [diffusion.Job("fits", "a b c", 0), diffusion.Job("cut", "a" * 40, 0)]  # CLIP's 32, T5's 256
     assert [drawn.truncated for drawn in next(sampler.draw(jobs))] == [False, True]
 
 
@@ -99,7 +118,7 @@ def test_images_that_begin_as_real_ones_are_the_same_bytes_too(kind: str, folder
     def begins(owner: str) -> bytes:
         return scene_bytes("train", NOUNS.index(owner), size=40)
 
-    pipeline = diffusion.load_pipeline(str(folders / kind), image_to_image=True)
+    pipeline = pipelines.load_pipeline(str(folders / kind), image_to_image=True)
     size = 16 if kind == "flux" else 0
     sampling = dataclasses.replace(SAMPLING, steps=4, strength=0.5, height=size, width=size)
     sampler = diffusion.Sampler(pipeline, sampling=sampling, begins=begins)
@@ -121,7 +140,7 @@ def test_images_that_begin_as_real_ones_are_the_same_bytes_too(kind: str, folder
 
 @pytest.mark.parametrize("kind", ["flux"], indirect=True)
 def test_noise_that_is_not_an_images_own_stops_the_run(kind: str, folders: Path) -> None:
-    pipeline = diffusion.load_pipeline(str(folders / kind))
+    pipeline = pipelines.load_pipeline(str(folders / kind))
     pipeline.scheduler.register_to_config(stochastic_sampling=True)  # FLUX gives its scheduler no generator
     sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
     with pytest.raises(UsageError, match=r"FluxPipeline with FlowMatchEuler.*own seed"):
@@ -137,7 +156,7 @@ def test_a_lora_moves_the_images_as_far_as_its_scale_says(
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipeline = diffusion.load_pipeline(str(folders / kind))
+    pipeline = pipelines.load_pipeline(str(folders / kind))
     name = "transformer" if kind == "flux" else "unet"
     network = getattr(pipeline, name)
     torch.manual_seed(0)
@@ -174,6 +193,6 @@ def test_lora_weights_that_do_not_fit_are_refused(kind: str, folders: Path, tmp_
         else (InputError, "does not fit")
     )
     with pytest.raises(wrong[0], match=wrong[1]):
-        diffusion.load_pipeline(str(folders / kind), lora=str(other))
+        pipelines.load_pipeline(str(folders / kind), lora=str(other))
     with pytest.raises(InputError, match=r"not a \.safetensors file"):
-        diffusion.load_pipeline(str(folders / kind), lora=str(tmp_path))
+        pipelines.load_pipeline(str(folders / kind), lora=str(tmp_path))

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gmail_cli.artifacts import Workspace
-from gmail_cli.components import diffusion, quality, safety
+from gmail_cli.components import pipelines, quality, safety
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, build
 from gmail_cli.stages import generate
@@ -153,7 +153,7 @@ def test_unsafe_images_are_counted_and_left_out_without_drawing_again(
 ) -> None:
     workspace = Workspace(tmp_path / "runs")
     plain = generate.run(profile_for(folder, safety_checker="", unsafe_label=""), workspace)
-    monkeypatch.setattr(diffusion, "load_pipeline", None)
+    monkeypatch.setattr(pipelines, "load_pipeline", None)
     scored_only = generate.run(profile_for(folder, safety_checker="", unsafe_label="", score=True), workspace)
     checked = generate.run(profile_for(folder), workspace)
     assert generate.plan_key(profile_for(folder)).digest == checked.digest
@@ -202,7 +202,7 @@ def test_what_checks_is_part_of_the_key(folder: Path) -> None:
 def test_a_checker_that_does_not_fit_is_named_before_anything_is_drawn(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diffusion, "load_pipeline", None)
+    monkeypatch.setattr(pipelines, "load_pipeline", None)
     workspace = Workspace(tmp_path)
     for wrong, problem in (
         ({"unsafe_label": "porn"}, "no class of"),

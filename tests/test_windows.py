@@ -13,7 +13,7 @@ import torch
 from test_pipelines import generate, gmail, images
 
 from gmail_cli.artifacts import Artifact
-from gmail_cli.components import diffusion
+from gmail_cli.components import diffusion, pipelines
 from gmail_cli.components.windows import Windows, cut
 from gmail_cli.errors import UsageError
 
@@ -79,7 +79,7 @@ def test_a_prompt_is_cut_where_a_sentence_a_clause_or_a_word_ends() -> None:
 
 
 def test_each_window_is_what_diffusers_makes_of_its_words(kind: str, folders: Path) -> None:
-    pipeline = diffusion.load_pipeline(str(folders / kind))
+    pipeline = pipelines.load_pipeline(str(folders / kind))
     names = diffusion.ENCODED[type(pipeline).__name__]
 
     def encoded(prompt: str, negative: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_each_window_is_what_diffusers_makes_of_its_words(kind: str, folders: Pa
 
 
 def test_images_do_not_depend_on_the_windows_of_their_neighbours(kind: str, folders: Path) -> None:
-    pipeline = diffusion.load_pipeline(str(folders / kind))
+    pipeline = pipelines.load_pipeline(str(folders / kind))
     split = diffusion.Sampler(pipeline, sampling=SAMPLING)
     whole = drawn(split, JOBS)
     assert len(set(whole.values())) == len(JOBS)
@@ -136,7 +136,7 @@ def test_images_do_not_depend_on_the_windows_of_their_neighbours(kind: str, fold
 def test_prompts_are_split_where_drawing_begins_with_a_real_image_too(kind: str, folders: Path) -> None:
     from gmail_cli.components.scenes import scene_bytes
 
-    pipeline = diffusion.load_pipeline(str(folders / kind), image_to_image=True)
+    pipeline = pipelines.load_pipeline(str(folders / kind), image_to_image=True)
     sampling = dataclasses.replace(SAMPLING, steps=4, strength=0.5)
     split, cut_off = (
         diffusion.Sampler(
@@ -157,7 +157,7 @@ def test_a_batch_holds_prompts_of_as_many_windows_and_a_restart_draws_the_same_b
 ) -> None:
     if not (folders / "sd1").exists():
         small_pipelines.save("sd1", folders / "sd1")
-    sampler = diffusion.Sampler(diffusion.load_pipeline(str(folders / "sd1")), sampling=SAMPLING)
+    sampler = diffusion.Sampler(pipelines.load_pipeline(str(folders / "sd1")), sampling=SAMPLING)
     seen: list[list[str]] = []
     draw = sampler._call
     monkeypatch.setattr(
@@ -176,7 +176,7 @@ def test_a_batch_holds_prompts_of_as_many_windows_and_a_restart_draws_the_same_b
 
 @pytest.mark.parametrize("kind", ["sd3", "flux", "pixart-sigma", "sana"], indirect=True)
 def test_pipelines_that_read_long_prompts_otherwise_refuse_to_split_them(kind: str, folders: Path) -> None:
-    pipeline = diffusion.load_pipeline(str(folders / kind))
+    pipeline = pipelines.load_pipeline(str(folders / kind))
     sampling = diffusion.Sampling(steps=1, guidance=3.0, prompt_windows=2)
     reads = "Gemma2Model" if kind == "sana" else "T5EncoderModel"
     with pytest.raises(UsageError, match=rf"prompt_windows = 2: .* not for this .*, whose {reads} reads long prompts"):

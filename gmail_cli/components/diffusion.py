@@ -14,18 +14,14 @@ import gc
 import hashlib
 import inspect
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from gmail_cli.components import hub
+from gmail_cli.components.pipelines import first_line
 from gmail_cli.components.windows import Windows
-from gmail_cli.errors import InputError, SetupError, UsageError
+from gmail_cli.errors import SetupError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,14 +29,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
 ATTEMPTS = 4
 """How often a blank image is drawn before the run stops."""
 REACH = 8
 """How many batches ahead prompts of as many windows are looked for; so many batches of finished images may wait."""
-_DISTILLED = ("LCMScheduler", "TCDScheduler")
-"""Schedulers of distilled models: they take the place of those that diffusers calls compatible with one another, though
-not on its lists."""
 _PLAIN = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_PLAIN, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -62,7 +54,7 @@ ENCODED = {
 
 
 class BatchTooLargeError(SetupError):
-    """A batch that does not fit the memory of the GPU."""
+    """A batch that does not fit the memory of the GPU, or without one that of the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,162 +127,6 @@ def derived_seed(job: Job, *, seed: int, attempt: int = 0) -> int:
     """
     identity = json.dumps([seed, job.caption_id, job.prompt, job.k, attempt], ensure_ascii=True)
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big")
-
-
-def load_pipeline(
-    model: str,
-    *,
-    revision: str = "",
-    scheduler: str = "default",
-    dtype: str = "float32",
-    device: str = "cpu",
-    lora: str = "",
-    lora_scale: float = 1.0,
-    image_to_image: bool = False,
-) -> Any:
-    """Load a diffusers text-to-image pipeline, ready to sample.
-
-    Args:
-        model: ``"tiny"`` (shipped), a folder in diffusers format, or a hub id.
-        revision: Commit or tag of a hub id.
-        scheduler: ``"default"``, or the name of a diffusers scheduler that suits the pipeline's own.
-        dtype: Name of a torch dtype.
-        device: Name of a torch device.
-        lora: A ``.safetensors`` file of LoRA weights in diffusers' format, added into the weights; empty for none.
-        lora_scale: Factor of their update.
-        image_to_image: Give the pipeline of the same family that begins with an image.
-
-    Raises:
-        InputError: A folder that is not a pipeline; LoRA weights that are missing or not made for it.
-        SetupError: A hub id that cannot be loaded here.
-        UsageError: A scheduler that does not suit the pipeline, a dtype that does not suit the device, or a family
-            that cannot begin with an image.
-    """
-    import diffusers
-    import torch
-    import transformers
-
-    if dtype == "float16" and torch.device(device).type == "cpu":
-        raise UsageError("generate.dtype = 'float16' does not run on a CPU", hint="set generate.dtype to 'float32'")
-    # truncated captions are counted, not logged one by one, and the caller shows its own progress
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    place, folder = locate(model)
-    options: dict[str, Any] = {} if folder else {"revision": revision or None}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # how diffusers calls its hub
-            config = diffusers.DiffusionPipeline.load_config(place, **options)
-            if "safety_checker" in config:
-                options |= {"safety_checker": None, "requires_safety_checker": False}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                place, dtype=getattr(torch, dtype), use_safetensors=True, **options
-            )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if folder:
-            raise InputError(
-                f"generate.model = {model!r} is not a complete diffusers pipeline: {_first_line(error)}",
-                hint="save it again with pipeline.save_pretrained(folder, safe_serialization=True)",
-            ) from error
-        reason, hint = hub.explain(error, model, revision=revision)
-        raise SetupError(f"generate.model = {model!r} cannot be loaded: {reason}", hint=hint) from error
-    if scheduler != "default":
-        pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
-    if lora:
-        _add_lora(pipeline, lora, scale=lora_scale)
-    if image_to_image:
-        pipeline = _image_to_image(pipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def _image_to_image(pipeline: Any) -> Any:
-    """The pipeline that begins with an image, of the same family and parts.
-
-    Raises:
-        UsageError: Diffusers has none.
-    """
-    import diffusers
-
-    try:
-        return diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError as error:
-        raise UsageError(
-            f"generate.strength: diffusers has no pipeline beside {type(pipeline).__name__} that begins with an image",
-            hint="Set generate.strength to 0, or take Stable Diffusion 1, 2, 3, SDXL or FLUX.",
-        ) from error
-
-
-def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
-    """Add LoRA weights into those of the pipeline.
-
-    Raises:
-        InputError: The file is missing, or holds nothing that fits the pipeline.
-        UsageError: Diffusers knows no LoRA for this kind of pipeline.
-    """
-    path = locate_lora(file)
-    kind = type(pipeline).__name__
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UsageError(f"generate.lora: diffusers loads no LoRA into a {kind}", hint='set generate.lora to ""')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
-            adapted = any(pipeline.get_list_adapters().values())
-            pipeline.fuse_lora(lora_scale=scale)
-            pipeline.unload_lora_weights()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        adapted, reason = False, _first_line(error)
-    else:
-        reason = "no module of the pipeline is in it"
-    if not adapted:
-        raise InputError(
-            f"generate.lora = {file!r} does not fit this {kind}: {reason}",
-            hint="name LoRA weights that were trained on this model and saved by pipeline.save_lora_weights",
-        )
-
-
-def locate_lora(file: str) -> Path:
-    """The file of LoRA weights.
-
-    Raises:
-        InputError: It is not there, or not a ``.safetensors`` file.
-    """
-    path = Path(file).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise InputError(
-            f"generate.lora = {file!r} is not a .safetensors file that is there",
-            hint="name the file that pipeline.save_lora_weights wrote (pytorch_lora_weights.safetensors)",
-        )
-    return path
-
-
-def locate(model: str) -> tuple[str, Path | None]:
-    """What diffusers loads for ``model``, and the folder it lies in (None for a hub id).
-
-    Raises:
-        InputError: A folder without ``model_index.json``, or a path that does not exist.
-        SetupError: ``"tiny"`` without the shipped weights.
-    """
-    if model == "tiny":
-        if not (SHIPPED / "model_index.json").is_file():
-            raise SetupError("the shipped generator 'tiny' is missing from this installation", hint="install it again")
-        return str(SHIPPED), SHIPPED
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise InputError(
-                f"generate.model = {model!r} is a folder without model_index.json",
-                hint="name the folder that pipeline.save_pretrained wrote",
-            )
-        return str(folder), folder
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise InputError(
-            f"generate.model = {model!r} does not exist",
-            hint="name a folder in diffusers format, a hub id such as 'owner/name', or 'tiny'",
-        )
-    return model, None
 
 
 class Sampler:
@@ -407,19 +243,26 @@ class Sampler:
         before = torch.get_rng_state()
         try:
             images = self._call(rows, encode)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             images = None
         if images is None:  # once more, without what earlier batches left behind: the same rows, so the same bytes
             gc.collect()
             torch.cuda.empty_cache()
             try:
                 images = self._call(rows, encode)
-            except torch.OutOfMemoryError as error:
-                half = max(1, sampling.batch_size // 2)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                size = sampling.batch_size
+                smaller = (
+                    f"--set generate.batch_size={size // 2} makes another artifact, whose images differ in the last "
+                    "bits; gmail generate --dry-run --warm-up 1 finds a size that fits"
+                )
                 raise BatchTooLargeError(
-                    f"a batch of {sampling.batch_size} images does not fit the memory of the GPU: {_first_line(error)}",
-                    hint=f"--set generate.batch_size={half} makes another artifact, whose images differ in the last "
-                    "bits; gmail generate --dry-run --warm-up 1 finds a size that fits",
+                    f"a batch of {size} images does not fit the memory: {first_line(error)}",
+                    hint=smaller if size > 1 else "free memory, or set a smaller generate.height and generate.width",
                 ) from error
         if not torch.equal(before, torch.get_rng_state()):
             raise UsageError(
@@ -457,7 +300,7 @@ class Sampler:
         except ValueError as error:
             raise UsageError(
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
-                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {_first_line(error)}",
+                f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {first_line(error)}",
                 hint="set others in [generate]; some schedulers need at least 4 steps",
             ) from error
 
@@ -489,13 +332,23 @@ class Sampler:
         """Whether each prompt is cut by every tokenizer of the pipeline."""
         if self.windows:
             return [self.windows.cut(prompt).truncated for prompt in prompts]
-        names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-        tokenizers = [t for name in names if (t := getattr(self.pipeline, name, None)) is not None]
-        longest = self.accepted["max_sequence_length"].default if "max_sequence_length" in self.accepted else None
-        limits = [min(filter(None, (each.model_max_length, longest))) for each in tokenizers]
+        parts = [
+            (getattr(self.pipeline, f"tokenizer{number}", None), getattr(self.pipeline, f"text_encoder{number}", None))
+            for number in ("", "_2", "_3")
+        ]
+        limits = [tokenizer.model_max_length if tokenizer is not None else 0 for tokenizer, _ in parts]
+        if "max_sequence_length" in self.accepted:  # the last tokenizer's, T5 or Gemma; it does not ask that one's own
+            last = max(number for number, (tokenizer, _) in enumerate(parts) if tokenizer is not None)
+            limits[last] = self.accepted["max_sequence_length"].default
+        # a tokenizer whose encoder was left out, as SD3's T5 often is, reads nothing
+        reading = [
+            (tokenizer, limit)
+            for (tokenizer, encoder), limit in zip(parts, limits, strict=True)
+            if tokenizer is not None and encoder is not None
+        ]
         lengths = [
             [len(ids) > limit for ids in tokenizer(list(prompts), truncation=True, max_length=limit + 1).input_ids]
-            for tokenizer, limit in zip(tokenizers, limits, strict=True)
+            for tokenizer, limit in reading
         ]
         return [bool(cut) and all(cut) for cut in zip(*lengths, strict=True)] or [False] * len(prompts)
 
@@ -589,29 +442,15 @@ class _Encodings:
         return {prompt: {name: each[row] for name, each in own.items()} for row, prompt in enumerate(prompts)}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0]
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU's memory is full, or the CPU's: torch has no class of its own for that, and oneDNN's convolutions
+    only say that something could not be created."""
+    import torch
+
+    told = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in told)
 
 
 def _full(rows: list[Any], size: int) -> list[Any]:
     """``rows`` padded to ``size`` by repeating the last one."""
     return rows + [rows[-1]] * (size - len(rows))
-
-
-def _scheduler(own: Any, name: str) -> Any:
-    """Another scheduler with the configuration of the pipeline's own.
-
-    Raises:
-        UsageError: One that diffusers does not call compatible with the pipeline's own.
-    """
-    import diffusers
-
-    allowed = {kind.__name__ for kind in own.compatibles} | {type(own).__name__}
-    if own.compatibles:
-        allowed |= set(_DISTILLED)
-    if name not in allowed:
-        raise UsageError(
-            f"generate.scheduler = {name!r} does not suit this pipeline, made for {type(own).__name__}",
-            hint=f"use 'default' or one of: {', '.join(sorted(allowed))}",
-        )
-    return getattr(diffusers, name).from_config(own.config)

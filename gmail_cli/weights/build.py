@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 
 from gmail_cli import plan, profile
 from gmail_cli.artifacts import Artifact, Workspace
-from gmail_cli.components import diffusion, generative, scenes
+from gmail_cli.components import diffusion, generative, pipelines, scenes
 from gmail_cli.components.embedding import embed_texts
 from gmail_cli.components.encoders import WEIGHTS_FILE, Clip, load_clip
 from gmail_cli.components.metrics import classification, retrieval
@@ -209,7 +209,7 @@ def measure_language_model(folder: Path) -> dict[str, Any]:
 def measure_pipeline(folder: Path, clip: Clip, probes: Probes) -> dict[str, Any]:
     """How well the autoencoder restores scenes, and how far pictures follow the captions they were drawn from."""
     found, pixels = _scenes("test", DRAWN)
-    pipeline = diffusion.load_pipeline(str(folder))
+    pipeline = pipelines.load_pipeline(str(folder))
     texts = [scenes.captions(scene)[0] for scene in found]
     jobs = [diffusion.Job(scene.scene_id, text, 0) for scene, text in zip(found, texts, strict=True)]
     sampler = diffusion.Sampler(pipeline, sampling=diffusion.Sampling(steps=STEPS, guidance=GUIDANCE, batch_size=50))

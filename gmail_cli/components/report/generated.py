@@ -141,4 +141,14 @@ def _worst(
         if data is not None:
             pictures.append(Picture(thumbnail(data, side=SIDE, name=owner), f"real, {owner}"))
         shown = f"{name} {row[name]:.3f}; image {row['key']} by {row['generator']}"
-        yield PictureRow(row["caption"], tuple(pictures), shown)
+        yield PictureRow(row["caption"], tuple(pictures), "; ".join([shown, *_prompts(beside[:TWINS])]))
+
+
+def _prompts(rows: Sequence[Row]) -> Iterator[str]:
+    """What a language model made of the caption of these images, where it is not the caption."""
+    drawn: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("rewritten") not in (None, row["caption"]):
+            drawn.setdefault(row["rewritten"], []).append(str(row["k"]))
+    for prompt, which in drawn.items():
+        yield f"drawn from: {prompt}" if len(rows) == 1 else f"k = {', '.join(which)} drawn from: {prompt}"

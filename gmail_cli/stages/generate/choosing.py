@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REJECTED = "rejected.jsonl"
 REPORT = "report.html"
-SCORES = 2
+SCORES = 3
 """Version of the scores and their report: raised when they say something else of the same images."""
 
 

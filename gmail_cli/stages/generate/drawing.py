@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gmail_cli.artifacts import Artifact, RowLog, Slot, Waiting, Workspace
-from gmail_cli.components import diffusion
+from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError
 from gmail_cli.profile import Profile
 from gmail_cli.stages.generate.planning import (
@@ -56,7 +56,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
 
     generate = profile.generate
     device = device_of(profile)
-    pipeline = diffusion.load_pipeline(
+    pipeline = pipelines.load_pipeline(
         generate.model,
         revision=generate.revision,
         scheduler=generate.scheduler,

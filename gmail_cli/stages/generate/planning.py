@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from gmail_cli.artifacts import StageKey, canonical_json, digest_of_list, file_sha256, folder_digest
 from gmail_cli.components import captions as reader
-from gmail_cli.components import diffusion
+from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import TEMPLATE_SETS, Generate, Profile, settings
 from gmail_cli.stages import sources
@@ -253,7 +253,7 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
         del chosen["rewrite"]
     if generate.prompt_windows == 1:
         del chosen["prompt_windows"]
-    place, folder = diffusion.locate(generate.model)
+    place, folder = pipelines.locate(generate.model)
     if folder is None and not generate.revision:
         raise UsageError(
             f"generate.model = {generate.model!r} is a hub id without generate.revision",
@@ -272,10 +272,10 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
 
 def models_of(generate: Generate) -> dict[str, str]:
     """What is drawn with: digests of weights, or a hub model and its revision."""
-    place, folder = diffusion.locate(generate.model)
+    place, folder = pipelines.locate(generate.model)
     models = {"generator": folder_digest(folder) if folder else f"{place}@{generate.revision}"}
     if generate.lora:
-        models["lora"] = file_sha256(diffusion.locate_lora(generate.lora))
+        models["lora"] = file_sha256(pipelines.locate_lora(generate.lora))
     if generate.rewrite.lm:
         rewrite = {"key": "generate.rewrite.lm", "revision_key": "generate.rewrite.revision"}
         models["rewrite"] = sources.lm_digest(generate.rewrite.lm, revision=generate.rewrite.revision, **rewrite)

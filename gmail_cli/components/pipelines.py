@@ -1,0 +1,198 @@
+"""Where a diffusers text-to-image pipeline lies, and how it is loaded: its scheduler, LoRA weights, the one beside it
+that begins with an image."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from gmail_cli.components import hub
+from gmail_cli.errors import InputError, SetupError, UsageError
+
+SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
+_DISTILLED = ("LCMScheduler", "TCDScheduler")
+"""Schedulers of distilled models: they take the place of those that diffusers calls compatible with one another, though
+not on its lists."""
+
+
+def load_pipeline(
+    model: str,
+    *,
+    revision: str = "",
+    scheduler: str = "default",
+    dtype: str = "float32",
+    device: str = "cpu",
+    lora: str = "",
+    lora_scale: float = 1.0,
+    image_to_image: bool = False,
+) -> Any:
+    """Load a diffusers text-to-image pipeline, ready to sample.
+
+    Args:
+        model: ``"tiny"`` (shipped), a folder in diffusers format, or a hub id.
+        revision: Commit or tag of a hub id.
+        scheduler: ``"default"``, or the name of a diffusers scheduler that suits the pipeline's own.
+        dtype: Name of a torch dtype.
+        device: Name of a torch device.
+        lora: A ``.safetensors`` file of LoRA weights in diffusers' format, added into the weights; empty for none.
+        lora_scale: Factor of their update.
+        image_to_image: Give the pipeline of the same family that begins with an image.
+
+    Raises:
+        InputError: A folder that is not a pipeline; LoRA weights that are missing or not made for it.
+        SetupError: A hub id that cannot be loaded here.
+        UsageError: A scheduler that does not suit the pipeline, a dtype that does not suit the device, or a family
+            that cannot begin with an image.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    if dtype == "float16" and torch.device(device).type == "cpu":
+        raise UsageError("generate.dtype = 'float16' does not run on a CPU", hint="set generate.dtype to 'float32'")
+    # truncated captions are counted, not logged one by one, and the caller shows its own progress
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    place, folder = locate(model)
+    options: dict[str, Any] = {} if folder else {"revision": revision or None}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # how diffusers calls its hub
+            config = diffusers.DiffusionPipeline.load_config(place, **options)
+            if "safety_checker" in config:
+                options |= {"safety_checker": None, "requires_safety_checker": False}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                place, dtype=getattr(torch, dtype), use_safetensors=True, **options
+            )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if folder:
+            raise InputError(
+                f"generate.model = {model!r} is not a complete diffusers pipeline: {first_line(error)}",
+                hint="save it again with pipeline.save_pretrained(folder, safe_serialization=True)",
+            ) from error
+        reason, hint = hub.explain(error, model, revision=revision)
+        raise SetupError(f"generate.model = {model!r} cannot be loaded: {reason}", hint=hint) from error
+    if scheduler != "default":
+        pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
+    if lora:
+        _add_lora(pipeline, lora, scale=lora_scale)
+    if image_to_image:
+        pipeline = _image_to_image(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _image_to_image(pipeline: Any) -> Any:
+    """The pipeline that begins with an image, of the same family and parts.
+
+    Raises:
+        UsageError: Diffusers has none.
+    """
+    import diffusers
+
+    try:
+        return diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        raise UsageError(
+            f"generate.strength: diffusers has no pipeline beside {type(pipeline).__name__} that begins with an image",
+            hint="Set generate.strength to 0, or take Stable Diffusion 1, 2, 3, SDXL or FLUX.",
+        ) from error
+
+
+def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
+    """Add LoRA weights into those of the pipeline.
+
+    Raises:
+        InputError: The file is missing, or holds nothing that fits the pipeline.
+        UsageError: Diffusers knows no LoRA for this kind of pipeline.
+    """
+    path = locate_lora(file)
+    kind = type(pipeline).__name__
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UsageError(f"generate.lora: diffusers loads no LoRA into a {kind}", hint='set generate.lora to ""')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
+            adapted = any(pipeline.get_list_adapters().values())
+            pipeline.fuse_lora(lora_scale=scale)
+            pipeline.unload_lora_weights()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        adapted, reason = False, first_line(error)
+    else:
+        reason = "no module of the pipeline is in it"
+    if not adapted:
+        raise InputError(
+            f"generate.lora = {file!r} does not fit this {kind}: {reason}",
+            hint="name LoRA weights that were trained on this model and saved by pipeline.save_lora_weights",
+        )
+
+
+def locate_lora(file: str) -> Path:
+    """The file of LoRA weights.
+
+    Raises:
+        InputError: It is not there, or not a ``.safetensors`` file.
+    """
+    path = Path(file).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise InputError(
+            f"generate.lora = {file!r} is not a .safetensors file that is there",
+            hint="name the file that pipeline.save_lora_weights wrote (pytorch_lora_weights.safetensors)",
+        )
+    return path
+
+
+def locate(model: str) -> tuple[str, Path | None]:
+    """What diffusers loads for ``model``, and the folder it lies in (None for a hub id).
+
+    Raises:
+        InputError: A folder without ``model_index.json``, or a path that does not exist.
+        SetupError: ``"tiny"`` without the shipped weights.
+    """
+    if model == "tiny":
+        if not (SHIPPED / "model_index.json").is_file():
+            raise SetupError("the shipped generator 'tiny' is missing from this installation", hint="install it again")
+        return str(SHIPPED), SHIPPED
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise InputError(
+                f"generate.model = {model!r} is a folder without model_index.json",
+                hint="name the folder that pipeline.save_pretrained wrote",
+            )
+        return str(folder), folder
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(
+            f"generate.model = {model!r} does not exist",
+            hint="name a folder in diffusers format, a hub id such as 'owner/name', or 'tiny'",
+        )
+    return model, None
+
+
+def _scheduler(own: Any, name: str) -> Any:
+    """Another scheduler with the configuration of the pipeline's own.
+
+    Raises:
+        UsageError: One that diffusers does not call compatible with the pipeline's own.
+    """
+    import diffusers
+
+    allowed = {kind.__name__ for kind in own.compatibles} | {type(own).__name__}
+    if own.compatibles:
+        allowed |= set(_DISTILLED)
+    if name not in allowed:
+        raise UsageError(
+            f"generate.scheduler = {name!r} does not suit this pipeline, made for {type(own).__name__}",
+            hint=f"use 'default' or one of: {', '.join(sorted(allowed))}",
+        )
+    return getattr(diffusers, name).from_config(own.config)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that follow."""
+    return str(error).strip().split("\n", maxsplit=1)[0]
