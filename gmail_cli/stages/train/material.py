@@ -39,12 +39,15 @@ def device_of(profile: Profile) -> torch.device:
     """The device to train on; torch takes as many threads as the profile says."""
     import torch
 
+    from gmail_cli.components.compilation import require_compiler
     from gmail_cli.components.encoders import pick_device, require_precision
 
     if profile.runtime.threads:
         torch.set_num_threads(profile.runtime.threads)
     device = pick_device(profile.runtime.device)
     require_precision("train.precision", profile.train.precision, device=device)
+    if profile.train.compile:
+        require_compiler("train.compile", device=device)
     return device
 
 
