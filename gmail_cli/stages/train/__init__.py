@@ -332,7 +332,7 @@ def _fit(
         job.share()
     if not steps:
         return job, []
-    if profile.train.compile and "compile" in task.settings:
+    if "compile" in task.settings and profile.train.compile:
         compile_blocks(job.module)
     curve = fit(
         job.module,
