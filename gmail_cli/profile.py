@@ -276,8 +276,8 @@ class Generate(Section):
     """Images drawn at once. Part of the artifact's identity: another batch size moves pixels in the last bits."""
     compile: bool = False
     """Compile the blocks that the denoiser repeats by `torch.compile` at the first batch, for sets that are large
-    enough to make up for the minutes it takes. Part of the artifact's identity: it moves pixels in the last bits. Needs a
-    C++ compiler (and Triton, on a GPU)."""
+    enough to make up for the minutes it takes. Part of the artifact's identity: it moves pixels in the last bits. Needs
+    a C++ compiler (and Triton, on a GPU)."""
     format: Literal["png", "jpg", "webp"] = "png"
     """File format; `png` is lossless."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
