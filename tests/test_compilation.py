@@ -133,7 +133,16 @@ def test_two_processes_align_as_one_does(folder: Path, generated: Artifact, tmp_
     profile = aligning(folder, steps=20)
     shared = Workspace(tmp_path / "shared", "test")
     arguments = command("align", profile, shared, "--generated", str(generated.path))
-    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    together = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--no-python",
+        "--",
+    ]
+    together += [sys.executable, *arguments]
     done = subprocess.run(together, env=environment(), check=True, capture_output=True, text=True, timeout=300)
     alone = align.run(profile, Workspace(tmp_path / "alone", "test"), generated=generated)
     found = Artifact.load(Path(done.stdout.strip()))
@@ -248,7 +257,7 @@ def test_a_machine_without_a_compiler_is_told_before_any_work(
     aligned = aligning(folder)
     options = {"tasks": ["clip-text"], "arms": ["real"], "compile": True}
     ready = build(
-        aligned.model_dump() | drawing(folder / "sd1", captions).model_dump(include={"generate"}) | {"train": options}
+        aligned.model_dump() | drawing(Path("tiny"), captions).model_dump(include={"generate"}) | {"train": options}
     )
     workspace = Workspace(tmp_path / "runs", "test")
     seen: list[tuple[int, int]] = []
