@@ -249,9 +249,8 @@ def test_images_are_the_same_bytes_in_any_order_part_and_process(folder: Path, t
 
 @pytest.mark.parametrize("stage", ["generate", "align", "train"])
 def test_a_machine_without_a_compiler_is_told_before_any_work(
-    stage: str, folder: Path, generated: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, folder: Path, generated: Artifact, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     captions = tmp_path / "captions.txt"
     captions.write_text("a cat")
     aligned = aligning(folder)
@@ -265,7 +264,8 @@ def test_a_machine_without_a_compiler_is_told_before_any_work(
     def progress(*at: int) -> None:
         seen.append(at)
 
-    with pytest.raises(SetupError, match=rf"^{stage}\.compile = true needs a C\+\+ compiler"):
+    nothing = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with nothing, pytest.raises(SetupError, match=rf"^{stage}\.compile = true needs a C\+\+ compiler"):
         if stage == "generate":
             generate.run(ready, workspace, progress=progress)
         elif stage == "align":
