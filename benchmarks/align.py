@@ -8,7 +8,8 @@ All in one process, one after another, in CPU seconds: ratios hold on a busy mac
 their pixels are decoded and normalised before the clock starts.
 
 - ``step``: a step of `gmail align` (Eq. 1, LoRA rank 4) against plain PyTorch with plain peft on cached targets, and
-  against loops that run a second tower on the real images, without gradients (f_r embedded anew) and with them.
+  against loops that run a second tower on the real images, without gradients (f_r embedded anew) and with them; and
+  with `align.compile`, whose compiling (wall time; none where torch's cache has it) is not in the step.
 - ``clipcap``: images a second of `gmail train`, start-up and the one embedding of each image included, against the same
   loop encoding the images again every time they are shown.
 - ``sweep``: three lines over align.lora_rank, with features kept and with them deleted between the lines.
@@ -93,17 +94,21 @@ def profile(clip: str, options: argparse.Namespace, **changes: Any) -> Profile:
     )
 
 
-def stage_step(given: Profile, root: Path, generated: Artifact) -> float:
-    """CPU seconds of a step of `gmail align`."""
+def stage_step(given: Profile, root: Path, generated: Artifact) -> tuple[float, float]:
+    """CPU seconds of a step of `gmail align`, and seconds from its start to the clock's."""
     at: dict[int, float] = {}
+    began = time.perf_counter()
+    waited = 0.0
     steps = given.align.steps
 
     def progress(done: int, total: int) -> None:
+        nonlocal waited
         if total == steps:
             at[done] = time.process_time()
+            waited = time.perf_counter() - began if done == WARM else waited
 
     align.run(given, Workspace(root, "stage"), generated=generated, progress=progress)
-    return (at[steps] - at[WARM]) / (steps - WARM)
+    return (at[steps] - at[WARM]) / (steps - WARM), waited
 
 
 def loop_step(
@@ -126,7 +131,8 @@ def step(options: argparse.Namespace, clip_ref: str, root: Path, generated: Arti
     from peft import LoraConfig, get_peft_model
 
     given = profile(clip_ref, options)
-    ours = stage_step(given, root, generated)
+    ours, start = stage_step(given, root, generated)
+    compiled, compiled_start = stage_step(profile(clip_ref, options, compile=True), root, generated)
     clip = encoders.load_clip(clip_ref)
     scenes, images = captions.read("scenes:train", limit=options.images), GeneratedSet.load(generated.path)
     every = np.arange(options.images)
@@ -163,6 +169,9 @@ def step(options: argparse.Namespace, clip_ref: str, root: Path, generated: Arti
     two_trained = timed(lambda f_g, rows: eq1(f_g(drawn[rows]), f_g(real[rows])))
     return {
         "align_step": round(ours, 4),
+        "compiled_step": round(compiled, 4),
+        "compiled_over_align": round(compiled / ours, 3),
+        "compiling_seconds": round(compiled_start - start, 1),
         "by_hand": round(by_hand, 4),
         "over_by_hand": round(ours / by_hand, 3),
         "two_towers_frozen": round(two_frozen, 4),

@@ -6,6 +6,7 @@ Overhead is what the stage costs outside text encoder, denoiser and VAE: caption
 encoding, hashing and writing files, records and the manifest. The plain loop calls the same pipeline with one caption
 at a time and saves a PNG. On a CPU both are counted in CPU seconds of one thread of torch (encoding threads included),
 so that other work on the machine does not enter; on a GPU in seconds. Loading the model is left out of both.
+`compiled` is the stage with `generate.compile`, once compiled; compiling is told apart, in seconds of wall time.
 """
 
 from __future__ import annotations
@@ -119,6 +120,15 @@ def main() -> None:
         generate.run(warm, Workspace(root / "warm"))
         spent: dict[str, float] = {}
         stage, images = stage_seconds(profile, root, spent=spent)
+        chosen["compile"] = True
+        compiled_profile = build(
+            {"data": {"train": str(captions)}, "generate": {**chosen, "batch_size": options.batch_size}}
+        )
+        first = time.perf_counter()
+        stage_seconds(compiled_profile.model_copy(update={"seed": 1}), root / "compiling", spent={})  # and one set
+        again = time.perf_counter()
+        compiled, _ = stage_seconds(compiled_profile, root / "compiled", spent={})
+        compiling = again - first - (time.perf_counter() - again)
         (root / "loop").mkdir()
         loop = loop_seconds(profile, root / "loop")
     networks = sum(spent.values())
@@ -130,6 +140,9 @@ def main() -> None:
                 "networks": {name: round(seconds, 3) for name, seconds in spent.items()},
                 "stage": round(stage, 3),
                 "overhead": round(stage / networks - 1, 4),
+                "compiled": round(compiled, 3),
+                "compiled_over_stage": round(compiled / stage, 3),
+                "compiling_seconds": round(compiling, 1),
                 "plain_loop": round(loop, 3),
                 "ratio": round(loop / stage, 2),
             },

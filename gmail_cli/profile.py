@@ -280,6 +280,10 @@ class Generate(Section):
     """Pixels; 0 takes the pipeline's own. Set `height` too."""
     batch_size: Count = 8
     """Images drawn at once. Part of the artifact's identity: another batch size moves pixels in the last bits."""
+    compile: bool = False
+    """Compile the blocks that the denoiser repeats by `torch.compile` at the first batch, for sets that are large
+    enough to make up for the minutes it takes. Part of the artifact's identity: it moves pixels in the last bits. Needs
+    a C++ compiler (and Triton, on a GPU)."""
     format: Literal["png", "jpg", "webp"] = "png"
     """File format; `png` is lossless."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
@@ -405,6 +409,9 @@ class Align(Section):
     """Steps over which the learning rate first rises."""
     clip_norm: Positive = 1.0
     """Largest norm of the gradient."""
+    compile: bool = False
+    """Compile the blocks of the tower by `torch.compile` at the first step; needs a C++ compiler (and Triton, on a
+    GPU). Moves the last bits."""
     validation: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
     """Share of the images, with all that belongs to them, kept out of training to judge alignment by; 0 for none."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -450,6 +457,9 @@ class Train(Section):
     """Decay of the average of the parameters that is kept in the end; 0 keeps the last parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` computes under autocast, on a GPU or a CPU with AVX-512; weights stay fp32."""
+    compile: bool = False
+    """`clip-text`, `long-clip`, `clip`, `clipcap`, `ifcap`, `llava`: compile the blocks of the model by `torch.compile`
+    at the first steps; needs a C++ compiler (and Triton, on a GPU). Moves the last bits."""
     mix_ratio: Fraction = 0.5
     """Arm `mixed`: probability that a caption is seen with its real image."""
     dual_projection: Literal["off", "on", "both"] = "off"

@@ -381,7 +381,7 @@ OTHERWISE_TESTED = {
     "quality",
     "lora",
     "lora_scale",
-    "prompt_windows",
+    *("prompt_windows", "compile"),
     *("safety_checker", "safety_revision", "unsafe_label", "max_unsafe"),
 }
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
-from gmail_cli.components import hub, rotary, transformers_models
+from gmail_cli.components import compilation, hub, rotary, transformers_models
 from gmail_cli.components.images import Preprocess
 from gmail_cli.components.pixels import normalised
 from gmail_cli.errors import InputError, SetupError, UsageError
@@ -289,22 +289,26 @@ def text_features(
 ) -> Float[Tensor, "batch dim"]:
     """Text features before normalisation, differentiable, reading only the positions that can matter.
 
+    A compiled tower reads some more rows and positions, so that it is shown few shapes.
+
     Args:
         model: The open_clip module.
         ids: Token ids, on the model's device.
         length: :func:`text_length` of ``ids``, where it is known without asking the device.
     """
     tower = getattr(model, "text", model)
+    count, ids = len(ids), compilation.filled(ids, model=tower)
     if not _trims(model):
-        return model.encode_text(ids)
+        return model.encode_text(ids)[:count]
     from open_clip.transformer import text_global_pool
 
     length = text_length(model, ids) if length is None else length
+    length = compilation.rounded(length, model=tower, most=ids.shape[1])
     ids = ids[:, :length]
     dtype = tower.transformer.get_cast_dtype()
     hidden = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
     hidden = tower.ln_final(tower.transformer(hidden, attn_mask=tower.attn_mask[:length, :length]))
-    pooled = text_global_pool(hidden, ids, _pool_type(model), eos_token_id=_eos_id(model))
+    pooled = text_global_pool(hidden, ids, _pool_type(model), eos_token_id=_eos_id(model))[:count]
     if isinstance(tower.text_projection, nn.Module):
         return tower.text_projection(pooled)
     return pooled if tower.text_projection is None else pooled @ tower.text_projection

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gmail_cli.components import hub
+from gmail_cli.components import compilation, hub
 from gmail_cli.errors import InputError, SetupError
 
 Mapping: TypeAlias = Literal["mlp", "transformer"]
@@ -233,6 +233,9 @@ class Captioner(Head):
     ) -> Tensor:
         """Mean cross-entropy over the ``wanted`` ones of the tokens that follow a prefix; the others are `IGNORED`."""
         assert bool((wanted != IGNORED).any()), "no supervised token in the batch"
+        tokens, wanted = (
+            compilation.lengthened(each, model=self.lm, value=IGNORED, most=self.context) for each in (tokens, wanted)
+        )
         there = tokens != IGNORED
         embedded = self.lm.get_input_embeddings()(tokens.clamp(min=0))
         seen = torch.cat([there.new_ones(len(tokens), self.prefix_length), there], dim=1)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gmail_cli.components import parallel
+from gmail_cli.components import compilation, parallel
 from gmail_cli.components.arms import Arm, Meeting, View
 from gmail_cli.components.conversations import (
     IGNORED,
@@ -168,6 +168,7 @@ class Llava(nn.Module):
         """
         told = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
         assert len(told), "no supervised token in the batch"
+        ids = compilation.lengthened(ids, model=self.lm, value=0, most=self.context)
         seen = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         plain = self.lm.disable_adapter() if self.adapted and not adapted else contextlib.nullcontext()
         with plain, quick_attention(ids.device):

@@ -28,6 +28,7 @@ def load_pipeline(
     lora: str = "",
     lora_scale: float = 1.0,
     image_to_image: bool = False,
+    compiled: bool = False,
 ) -> Any:
     """Load a diffusers text-to-image pipeline, ready to sample.
 
@@ -40,10 +41,11 @@ def load_pipeline(
         lora: A ``.safetensors`` file of LoRA weights in diffusers' format, added into the weights; empty for none.
         lora_scale: Factor of their update.
         image_to_image: Give the pipeline of the same family that begins with an image.
+        compiled: Compile the blocks of its denoiser, when they are first called.
 
     Raises:
         InputError: A folder that is not a pipeline; LoRA weights that are missing or not made for it.
-        SetupError: A hub id that cannot be loaded here.
+        SetupError: A hub id that cannot be loaded here; no compiler.
         UsageError: A scheduler that does not suit the pipeline, a dtype that does not suit the device, or a family
             that cannot begin with an image.
     """
@@ -51,8 +53,12 @@ def load_pipeline(
     import torch
     import transformers
 
+    from gmail_cli.components import compilation
+
     if dtype == "float16" and torch.device(device).type == "cpu":
         raise UsageError("generate.dtype = 'float16' does not run on a CPU", hint="set generate.dtype to 'float32'")
+    if compiled:
+        compilation.require_compiler("generate.compile", device=device)
     # truncated captions are counted, not logged one by one, and the caller shows its own progress
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
@@ -83,7 +89,10 @@ def load_pipeline(
     if image_to_image:
         pipeline = _image_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    pipeline = pipeline.to(device)
+    if compiled:
+        compilation.compile_blocks(getattr(pipeline, "unet", None) or pipeline.transformer)
+    return pipeline
 
 
 def _image_to_image(pipeline: Any) -> Any:

@@ -115,6 +115,7 @@ def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
     unused += [] if objective.contrasts else ["temperature", "learn_temperature"]
     unused += [] if objective.has_negatives else ["false_negatives", "bank"]
     unused += ["chunk"] if align.chunk == 0 else []
+    unused += [] if align.compile else ["compile"]
     for name in unused:
         del chosen[name]
     return StageKey(
@@ -201,7 +202,7 @@ def _prepare(
     import numpy as np
     import torch
 
-    from gmail_cli.components import embedding, encoders
+    from gmail_cli.components import compilation, embedding, encoders
     from gmail_cli.components import partners as partnership
     from gmail_cli.components.images import GeneratedSet
     from gmail_cli.components.partners import GeneratedFrom
@@ -212,6 +213,8 @@ def _prepare(
         torch.set_num_threads(runtime.threads)
     device = encoders.pick_device(runtime.device)
     encoders.require_precision("align.precision", align.precision, device=device)
+    if align.compile:
+        compilation.require_compiler("align.compile", device=device)
     clip = encoders.load_clip(
         profile.model.clip,
         revision=profile.model.revision,
@@ -453,11 +456,14 @@ def _train(profile: Profile, slot: Slot, work: _Work, *, progress: Progress | No
 
     from torch import nn
 
+    from gmail_cli.components.compilation import compile_blocks
     from gmail_cli.components.loop import Recipe, fit
     from gmail_cli.components.objectives import Scales
 
     align = profile.align
     tower = _tower(profile, work.clip)
+    if align.compile:
+        compile_blocks(tower.visual)
     objective = dataclasses.replace(_objective(profile), text_temperature=1 / _text_scale(work.clip))
     scales = Scales(objective).to(work.clip.device)
     batches = _Batches(profile, work, tower, objective)

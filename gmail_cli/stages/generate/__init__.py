@@ -15,6 +15,7 @@ from gmail_cli.stages import sources
 from gmail_cli.stages.generate.choosing import afterwards, checker_of, chosen_key, filtered, scored, scored_key
 from gmail_cli.stages.generate.drawing import Progress, Work
 from gmail_cli.stages.generate.mixing import Mixture
+from gmail_cli.stages.generate.planning import device_of
 
 
 def plan_key(profile: Profile) -> StageKey:
@@ -82,10 +83,15 @@ def run_part(
 
 
 def _work_in(workspace: Workspace, profile: Profile) -> Work | Mixture:
-    """What a profile asks for; before images are drawn, what is wrong with a safety checker is said."""
-    work = _work(profile)
-    if profile.generate.safety_checker and workspace.find(work.key) is None:
-        checker_of(profile.generate)
+    """What a profile asks for; before images are drawn, what is wrong with safety checker or compiler is said."""
+    work, generate = _work(profile), profile.generate
+    if workspace.find(work.key) is None:
+        if generate.compile and generate.source == "pipeline":
+            from gmail_cli.components.compilation import require_compiler
+
+            require_compiler("generate.compile", device=device_of(profile))
+        if generate.safety_checker:
+            checker_of(generate)
     return work
 
 

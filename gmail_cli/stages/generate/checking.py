@@ -190,7 +190,7 @@ def _as_drawn(profile: Profile, artifact: Artifact, *, name: str, own: Record, m
                 hint=f"Name it with --set generate.{setting}=... (and generate.revision, of a hub model).",
             )
     kept = {name: value for name, value in own.items() if name not in ("name", "share", "rewrite", *AFTERWARDS)}
-    unsaid = {"rewrite": {}, "strength": 0.0, "prompt_windows": 1, "keep_best": 0}
+    unsaid = {"rewrite": {}, "strength": 0.0, "prompt_windows": 1, "compile": False, "keep_best": 0}
     drawing = Generate.model_validate({**given.model_dump(), **unsaid, **kept})
     return profile.model_copy(update={"generate": drawing, "seed": seed})
 

@@ -65,6 +65,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
         lora=generate.lora,
         lora_scale=generate.lora_scale,
         image_to_image=generate.strength > 0,
+        compiled=generate.compile,
     )
     sampling = diffusion.Sampling(
         steps=generate.steps,

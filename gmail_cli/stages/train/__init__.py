@@ -85,6 +85,12 @@ def cells(profile: Profile) -> list[Cell]:
             f"train.dual_projection = {train.dual_projection!r} applies to none of the tasks {list(train.tasks)}",
             hint="Add clipcap, llava or linear-probe, or turn it off.",
         )
+    if train.compile and not any("compile" in TASKS[cell.task].settings for cell in found):
+        raise UsageError(
+            f"train.compile = true: none of the tasks {list(train.tasks)} is compiled",
+            hint=f"Add one of {', '.join(name for name, task in TASKS.items() if 'compile' in task.settings)}, "
+            "or set it to false.",
+        )
     return found
 
 
@@ -155,6 +161,8 @@ def _key(
     train, tasks = profile.train, {cell.task for cell in wanted}
     if not train.shots:
         chosen.pop("shots", None)
+    if not train.compile:
+        chosen.pop("compile", None)
     inputs = {"data": read(profile).fingerprint}
     if generated:
         inputs["generated"] = generated
@@ -310,6 +318,7 @@ def _fit(
     The first process builds before the others, which then find what it made of the images.
     """
     from gmail_cli.components import parallel
+    from gmail_cli.components.compilation import compile_blocks
     from gmail_cli.components.loop import fit
 
     profile, task, steps = inputs.profile, TASKS[cell.task], steps_of(cell, inputs.profile)
@@ -323,6 +332,8 @@ def _fit(
         job.share()
     if not steps:
         return job, []
+    if "compile" in task.settings and profile.train.compile:
+        compile_blocks(job.module)
     curve = fit(
         job.module,
         loss=_in_precision(job.loss, profile, device=inputs.device),

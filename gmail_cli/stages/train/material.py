@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gmail_cli.artifacts import Artifact, Slot, Workspace
+from gmail_cli.errors import UsageError
 from gmail_cli.profile import Profile
 from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
@@ -39,12 +40,20 @@ def device_of(profile: Profile) -> torch.device:
     """The device to train on; torch takes as many threads as the profile says."""
     import torch
 
+    from gmail_cli.components.compilation import require_compiler
     from gmail_cli.components.encoders import pick_device, require_precision
 
     if profile.runtime.threads:
         torch.set_num_threads(profile.runtime.threads)
     device = pick_device(profile.runtime.device)
     require_precision("train.precision", profile.train.precision, device=device)
+    if profile.train.compile:
+        require_compiler("train.compile", device=device)
+        if profile.runtime.sharding != "none":
+            raise UsageError(
+                f"train.compile = true does not go with runtime.sharding = {profile.runtime.sharding!r}",
+                hint="Set one of them to its default; processes that hold whole models compile them.",
+            )
     return device
 
 

@@ -415,17 +415,17 @@ SETTINGS_OF_ARMS: Mapping[ArmName, frozenset[str]] = {
 }
 """Keys of ``train`` that matter to one arm alone."""
 _OF_LM = frozenset({"lm", "lm_revision"})
-_OF_CAPTIONER = _OF_LM | {"caption_tokens", "tune_lm", "prefix_length", "mapping", "text_noise"}
+_OF_CAPTIONER = _OF_LM | {"compile", "caption_tokens", "tune_lm", "prefix_length", "mapping", "text_noise"}
 
 TASKS: Mapping[TaskName, Task] = {
-    "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}, shared=True),
+    "clip-text": Task(build=_clip_text, arms=_EMBEDDED | {"none"}, shared=True, settings=frozenset({"compile"})),
     "long-clip": Task(
         build=_long_clip,
         arms=_EMBEDDED | {"none"},
         shared=True,
         settings=frozenset(
             {"context_length", "keep_positions", "short_weight", "short_texts", "coarse_components"}
-            | {"positions", "distil_share"},
+            | {"positions", "distil_share", "compile"},
         ),
     ),
     "clip": Task(
@@ -433,7 +433,7 @@ TASKS: Mapping[TaskName, Task] = {
         arms=_PIXELS,
         image_encoder="own",
         shared=True,
-        settings=frozenset({"architecture", "vocabulary", "augment", "patch_dropout", "class_weight"}),
+        settings=frozenset({"architecture", "vocabulary", "augment", "patch_dropout", "class_weight", "compile"}),
     ),
     "clipcap": Task(
         build=_clipcap,
@@ -462,7 +462,7 @@ TASKS: Mapping[TaskName, Task] = {
         shared=True,
         settings=_OF_LM
         | {"visual", "visual_grid", "pretrain_share", "conversations", "prompt", "conversation_tokens"}
-        | {"caption_tokens", "instruct_lr", "lora_rank", "lora_alpha"},
+        | {"caption_tokens", "instruct_lr", "lora_rank", "lora_alpha", "compile"},
     ),
     "linear-probe": Task(build=_linear_probe, arms=_EMBEDDED | {"none"}, dual=True, settings=frozenset({"shots"})),
     "autoencoder": Task(build=_autoencoder, arms=_PIXELS, needs_clip=False, settings=frozenset({"image_size"})),
