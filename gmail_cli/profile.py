@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -312,6 +313,9 @@ class Generate(Section):
             if "{caption}" not in template and "{label}" not in template and template not in TEMPLATE_SETS:
                 sets = ", ".join(TEMPLATE_SETS)
                 raise ValueError(f"prompt_template {template!r} lacks {{caption}} and {{label}} and is none of {sets}")
+            if unknown := set(re.findall(r"\{\w*\}", template)) - {"{caption}", "{original}", "{label}"}:
+                known = "{caption}, {original} and {label}"
+                raise ValueError(f"prompt_template {template!r} has {min(unknown)}, which is none of {known}")
         if self.negative_prompt and self.guidance <= 1:
             raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
         if not self.safety_checker and (self.unsafe_label or self.max_unsafe < 1):

@@ -13,7 +13,7 @@ import small_pipelines
 from PIL import Image
 
 from gmail_cli.artifacts import Artifact, Waiting, Workspace
-from gmail_cli.components import captions, diffusion
+from gmail_cli.components import captions, pipelines
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import Profile, build, dump, loads
 from gmail_cli.stages import generate
@@ -86,7 +86,7 @@ def test_each_image_of_a_mixture_is_the_one_that_its_generator_draws_alone(
     assert isinstance(parts[1], Artifact)
     assert parts[1].content == mixed.content
     with monkeypatch.context() as patched:
-        patched.setattr(diffusion, "load_pipeline", None)  # nothing is drawn
+        patched.setattr(pipelines, "load_pipeline", None)  # nothing is drawn
         assert generate.run(profile(folders, MIX), Workspace(tmp_path)).path == mixed.path
         assert checking.estimate(profile(folders, MIX)) == {"images": 40, "captions": 20}
 
@@ -192,3 +192,5 @@ def test_images_of_a_class_take_templates_in_turn(folders: Path, tmp_path: Path)
     assert captions.read(file).class_names == ("goldfish", "tench")
     with pytest.raises(UsageError, match=r"imagenet-openai.* is none of openai-imagenet"):
         profile(folders, prompt_template="imagenet-openai")
+    with pytest.raises(UsageError, match=r"'a \{label\}, \{\}' has \{\}, which is none of \{caption\}"):
+        profile(folders, prompt_template="a {label}, {}")
