@@ -42,4 +42,4 @@ def test_curves_are_those_written_down(tmp_path: Path) -> None:
             row["loss"] for row in trained.read_jsonl(f"{cell['folder']}/metrics.jsonl")
         ]
     for name, curve in GOLDEN.items():
-        assert found[name] == pytest.approx(curve, rel=1e-2, abs=1e-4), name
+        assert found[name] == pytest.approx(curve, rel=1e-2, abs=1e-3), name
