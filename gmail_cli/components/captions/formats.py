@@ -166,9 +166,8 @@ def record_row(fields: Mapping[str, Any], where: str, line: int, beside: Locatio
     if "conversations" in fields and not any(name in fields for name in CAPTION_FIELDS):
         fields["caption"] = first_answer(fields["conversations"])
     name = first(fields, PATH_FIELDS)
-    bare = (
-        isinstance(name, str) and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES
-    )  # as ImageInWords has them
+    # ImageInWords names images without a suffix.
+    bare = isinstance(name, str) and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES
     source = None if name is None else image_file((name, f"{name}.jpg") if bare else name, beside, request)
     if name is None and request.need_images:
         raise BadRecordError("no image")
@@ -436,6 +435,16 @@ def plain_text(path: Location, request: Request, report: Report) -> Iterator[Row
 
 
 TOKEN_LINE = re.compile(r"(?P<image>[^\t#]+)#\d+\t(?P<caption>.*)")
+
+
+def begins_with_tokens(path: Location) -> bool:
+    """Whether a text file is one for `token_lines`, as ``Flickr8k.token.txt`` is; reads its first line."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError):  # told by who reads it
+        return False
+    return TOKEN_LINE.fullmatch(line.rstrip("\r\n")) is not None
 
 
 def token_lines(path: Location, request: Request, report: Report) -> Iterator[Row]:

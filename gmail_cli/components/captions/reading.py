@@ -209,8 +209,8 @@ def _sniff(path: Location) -> Format:
     if path.is_dir():
         return "folder"
     suffix = path.suffix.lower()
-    if suffix == ".txt" and formats.TOKEN_LINE.fullmatch(formats.read_text(path).partition("\n")[0].rstrip("\r")):
-        return "token"  # as Flickr8k.token.txt
+    if suffix == ".txt" and formats.begins_with_tokens(path):
+        return "token"
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     if suffix == ".json":
