@@ -50,8 +50,13 @@ class Workspace:
 
     def find(self, key: StageKey, *, any_run: bool = False) -> Artifact | None:
         """The complete artifact of a key, if there is one; with ``any_run`` also in the other runs of ``root``."""
-        name = Path(key.stage) / key.digest[:12]
-        paths = [self.folder(key.stage) / key.digest[:12], *(sorted(self.root.glob(f"*/{name}")) if any_run else ())]
+        return self.get(key.stage, key.digest, any_run=any_run)
+
+    def get(self, stage: str, digest: str, *, any_run: bool = False) -> Artifact | None:
+        """The complete artifact with a digest, if there is one; with ``any_run`` also in the other runs of ``root``."""
+        name = digest[:12]
+        others = sorted(self.root.glob(f"*/{stage}/{name}")) if any_run else ()
+        paths = [self.folder(stage) / name, *others]
         return next((Artifact.load(path) for path in paths if (path / MANIFEST).is_file()), None)
 
     def is_partial(self, key: StageKey) -> bool:

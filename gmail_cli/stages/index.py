@@ -137,7 +137,7 @@ def update(
             raise InputError(f"{add.path} holds none of the index's tables: {', '.join(about['tables'])}")
         rows = {name: index.read_jsonl(f"{name}.rows.jsonl") for name in about["tables"]}
         _check_ids(rows, gone, added)
-        roots = [workspace.root, index.path.parents[2]]
+        spaces = [workspace, Workspace(index.path.parents[2])]
         entries = {}
         for name, old in about["tables"].items():
             new = added.get(name)
@@ -150,12 +150,12 @@ def update(
             live += _with_captions(new, new_tables) if new is not None else []
             parts = [*old["embeddings"], *([add.digest] if add and new is not None else [])]
             entry = {**{key: old[key] for key in _RECORDED}, "embeddings": parts}
-            origin = _gather(parts, name, live, roots, add)
+            origin = _gather(parts, name, live, spaces, add)
             if rebuild:
                 if origin is None:
                     raise InputError(
                         f"embeddings that {name} was built from are in no run below {workspace.root}: "
-                        + ", ".join(digest[:12] for digest in parts if _locate(digest, roots) is None),
+                        + ", ".join(digest[:12] for digest in parts if _find(digest, spaces) is None),
                         hint="Run `gmail embed` as before, or index other embeddings with --embeddings.",
                     )
                 entries[name] = _write(slot, profile, name, entry, origin[0], live, origin[1], progress)
@@ -342,19 +342,15 @@ def _require_fit(name: str, old: dict[str, Any], new: Table) -> None:
 
 
 def _gather(
-    parts: list[str], name: str, live: list[Any], roots: list[Path], add: Artifact | None
+    parts: list[str], name: str, live: list[Any], spaces: list[Workspace], add: Artifact | None
 ) -> tuple[np.ndarray, tuple[np.ndarray, str]] | None:
     """The vectors of the live rows and queries for them, from their embed artifacts; None if one is gone."""
     tables: list[Table] = []
     asked: tuple[np.ndarray, str] | None = None
     for digest in parts:
-        if add is not None and add.digest == digest:
-            artifact = add
-        else:
-            place = _locate(digest, roots)
-            if place is None:
-                return None
-            artifact = Artifact.load(place)
+        artifact = add if add is not None and add.digest == digest else _find(digest, spaces)
+        if artifact is None:
+            return None
         of_part = sources.load_tables(artifact)
         tables.append(next(table for table in of_part if table.header.name == name))
         if asked is None or asked[1] == name:
@@ -369,10 +365,10 @@ def _gather(
     return found, asked
 
 
-def _locate(digest: str, roots: list[Path]) -> Path | None:
-    """The folder of an embed artifact in any run below the roots."""
-    found = (path for root in roots for path in sorted(root.glob(f"*/embed/{digest[:12]}/manifest.json")))
-    return next((path.parent for path in found), None)
+def _find(digest: str, spaces: list[Workspace]) -> Artifact | None:
+    """An embed artifact in any run of the workspaces."""
+    found = (space.get("embed", digest, any_run=True) for space in spaces)
+    return next((artifact for artifact in found if artifact is not None), None)
 
 
 def _with_captions(table: Table, tables: list[Table]) -> list[dict[str, Any]]:
