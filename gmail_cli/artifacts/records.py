@@ -23,7 +23,7 @@ VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
     "generate": 3,
     "align": 4,
-    "train": 3,
+    "train": 4,
     "embed": 4,
     "index": 2,
     "eval": 5,
