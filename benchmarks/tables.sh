@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
-# The small stand-ins of docs/reproduce.md that have no profile of their own: captioners, the rank of the alignment and
-# long captions, on the built-in world. Everything lies in ./runs/tables and is reused. One part or all of them:
-#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta]...
+# The small stand-ins of docs/reproduce.md that have no profile of their own, on the built-in world. Everything lies in
+# ./runs/tables and is reused. One part or all of them:
+#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip|questions]...
 set -euo pipefail
+here=$(dirname "$0")
 common=(--profile tiny --run tables)
 gmail generate "${common[@]}" > /dev/null
 eq1=$(gmail align "${common[@]}") # Eq. 1, rank 4
 
 # Trains, embeds the test images, evaluates; prints the folder of results.json and report.html.
 cell() { # name, align artifact, options of train
-  local name=$1 aligned=$2 trained embedded evaluated
+  local name=$1 aligned=$2
   shift 2
-  trained=$(gmail train "${common[@]}" --aligned "$aligned" "$@")
-  embedded=$(gmail embed "${common[@]}" --train "$trained")
+  tested "$name" "$(gmail train "${common[@]}" --aligned "$aligned" "$@")"
+}
+
+# Embeds the test images and evaluates.
+tested() { # name, train artifact, options of embed
+  local name=$1 trained=$2 embedded evaluated
+  shift 2
+  embedded=$(gmail embed "${common[@]}" --train "$trained" "$@")
   evaluated=$(gmail eval "${common[@]}" --embeddings "$embedded" --train "$trained")
   printf '%s\t%s\n' "$name" "$evaluated"
 }
@@ -47,5 +54,38 @@ sitta() { # table 1
   cell sitta "$eq1" --task sitta "${images[@]}" --set train.token_orders=4
 }
 
-[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta
+towers() { gmail train "${common[@]}" --aligned "$eq1" --task clip-text --arm none "${images[@]}"; }
+
+other() { # table 3: other scenes by another camera
+  [ -d photos ] || python "$here/other_photos.py" photos
+  tested other "$(towers)" --captions photos --set data.test_limit=0 --set 'data.protocol=""' --set embed.gap_count=0
+}
+
+tuned() { # section 3.2: real test images through f_g
+  tested tuned "$(towers)" --aligned "$eq1" --set embed.real_encoder=tuned
+}
+
+generators() { # table 17: the same weights with other settings
+  local change
+  for change in generate.guidance=1 generate.guidance=6 generate.steps=2; do
+    (
+      common+=(--set generate.score=true --set "$change")
+      drawn=$(gmail generate "${common[@]}")
+      aligned=$(gmail align "${common[@]}" --generated "$drawn")
+      cell "$change" "$aligned" --generated "$drawn" --task clip-text --arm none "${images[@]}"
+    )
+  done
+}
+
+siglip() { # table 8
+  gmail run tiny-clip --run siglip --set train.architecture=tiny-siglip.json > /dev/null
+  (
+    common+=(--set model.clip=runs/siglip/train/latest/clip.real.seed0/clip)
+    aligned=$(gmail align "${common[@]}")
+    cell siglip "$aligned" --task clip-text --arm none "${images[@]}"
+    cell siglip-clipcap "$aligned" --task clipcap "${images[@]}" "${learnt[@]}"
+  )
+}
+
+[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip questions
 for part in "$@"; do "$part"; done
