@@ -44,7 +44,7 @@ from gmail_cli.components.loop import Recipe, fit
 from gmail_cli.components.pairs import pair
 from gmail_cli.components.pixels import Pixels
 from gmail_cli.components.tasks import clipcap_job
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import align, train
 
 SMALL = {

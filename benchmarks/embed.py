@@ -32,7 +32,8 @@ from gmail_cli.artifacts import Workspace
 from gmail_cli.components import captions, encoders
 from gmail_cli.components.images import batches
 from gmail_cli.components.pixels import normalised
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import embed
 
 ON_GPU = torch.cuda.is_available()

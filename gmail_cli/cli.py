@@ -42,7 +42,7 @@ from gmail_cli.progress import Progress
 
 if TYPE_CHECKING:
     from gmail_cli.artifacts import Artifact, Workspace
-    from gmail_cli.profile import Profile
+    from gmail_cli.profile.schema import Profile
 
 
 class _InterruptedError(Exception):
@@ -400,6 +400,8 @@ class _Context:
         *,
         named_by: str = "--profile",
     ) -> None:
+        from gmail_cli import profile as profiles
+
         self.ref = profile
         self.named_by = named_by
         whole: dict[str, Any] = {}
@@ -409,7 +411,7 @@ class _Context:
                 if not flags[f"data.{part}"].startswith("scenes:"):
                     whole |= {f"data.{part}_limit": 0, "generate.captions_per_image": 0}
         flags = {**whole, **{key: value for key, value in flags.items() if value is not None}}
-        self.overrides = [f"{key}={_toml_text(value)}" for key, value in flags.items()]
+        self.overrides = [f"{key}={profiles.toml(value)}" for key, value in flags.items()]
         self.overrides += overrides or []
         self.flags = dict(flags)
         self.run = run
@@ -622,10 +624,6 @@ def _announce(artifact: Artifact, reused: bool) -> None:
 
         for name, lines in stage.candidates(artifact).items():
             say(f"candidates for {name}:\n{lines}")
-
-
-def _toml_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _fail(error: GmailError) -> NoReturn:

@@ -28,7 +28,7 @@ from gmail_cli.components import captions as reader
 from gmail_cli.components import embedding, encoders, tuning
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import align
 
 IMAGES = 20

@@ -27,7 +27,8 @@ from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import captions as reader
 from gmail_cli.components import compilation, diffusion, encoders, pipelines, tuning
 from gmail_cli.errors import SetupError, UsageError
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import align, generate, train
 from gmail_cli.stages.generate import checking
 

@@ -22,7 +22,7 @@ from gmail_cli.components import embedding, encoders, tables
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import embed
 
 TEST, TRAIN = 6, 8

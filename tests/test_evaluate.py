@@ -19,7 +19,8 @@ from gmail_cli.components.scores import Cell, Scores
 from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.components.tokenizer import train_tokenizer
 from gmail_cli.errors import InputError, SetupError
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import embed, evaluate, sources
 from gmail_cli.stages.evaluate.inputs import Inputs
 

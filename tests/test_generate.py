@@ -31,7 +31,9 @@ from PIL import Image
 from gmail_cli.artifacts import Artifact, Waiting, Workspace
 from gmail_cli.components import diffusion, pipelines, quality
 from gmail_cli.errors import InputError, SetupError, UsageError
-from gmail_cli.profile import Generate, Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.generation import Generate
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import generate
 from gmail_cli.stages.generate import checking, drawing, exporting, planning
 

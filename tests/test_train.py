@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gmail_cli import plan
-from gmail_cli import profile as profile_module
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components import captions, ifcap, scenes, sitta
 from gmail_cli.components.embedding import embed_images
@@ -31,7 +30,8 @@ from gmail_cli.components.pairs import pair
 from gmail_cli.components.tasks import few_shots
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import ArmName, Profile, TaskName, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import ArmName, Profile, TaskName, Train
 from gmail_cli.stages import embed, evaluate, sources, train
 
 SELF = Path(__file__)
@@ -331,7 +331,7 @@ def test_the_digest_of_a_cell_covers_every_setting_that_it_reads(
 
     class Watched(type(profile.train)):  # type: ignore[misc]
         def __getattribute__(self, name: str) -> Any:
-            if name in profile_module.Train.model_fields:
+            if name in Train.model_fields:
                 read.add(name)
             return super().__getattribute__(name)
 

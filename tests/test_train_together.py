@@ -29,7 +29,7 @@ from gmail_cli.components.encoders import build_clip
 from gmail_cli.components.parallel import Ranks
 from gmail_cli.components.tasks import clip_job
 from gmail_cli.errors import UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 
 SELF = Path(__file__)
 TASKS = ("linear-probe", "clip-text", "long-clip", "clip", "clipcap", "ifcap", "sitta", "llava")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
 from gmail_cli.components.captions import Dataset
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, settings
+from gmail_cli.profile import settings
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
 from gmail_cli.stages.features import Features

@@ -40,7 +40,8 @@ from gmail_cli.components import prompts
 from gmail_cli.components.captions import Dataset
 from gmail_cli.components.metrics.gap import evenly_spaced
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, settings
+from gmail_cli.profile import settings
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import sources
 
 if TYPE_CHECKING:

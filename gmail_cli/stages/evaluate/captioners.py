@@ -15,7 +15,8 @@ from gmail_cli.components.metrics.clipscore import PROMPT
 from gmail_cli.components.questions import QuestionSet, read_questions
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import GmailError, InputError, UsageError
-from gmail_cli.profile import Profile, require_file
+from gmail_cli.profile import require_file
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.evaluate.inputs import IMAGES, Inputs, Model
 
 if TYPE_CHECKING:

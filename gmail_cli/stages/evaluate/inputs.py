@@ -13,7 +13,7 @@ from gmail_cli.components.captions import Dataset, check_disjoint
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import GmailError, InputError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import sources
 
 IMAGES, TEXTS, CLASSES, TRAIN_IMAGES = "test-images", "test-texts", "test-classes", "train-images"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, canonical_json, folder_digest
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Generate, Profile
+from gmail_cli.profile.generation import Generate
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features, sources
 from gmail_cli.stages.generate.drawing import RECORDS, Progress
 from gmail_cli.stages.generate.planning import Record, limit_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gmail_cli.artifacts import Artifact, Slot, Workspace
 from gmail_cli.errors import UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
 from gmail_cli.stages.features import Features

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import ArmName, Profile, TaskName
+from gmail_cli.profile.schema import ArmName, Profile, TaskName
 from gmail_cli.shipped import profile_folder
 from gmail_cli.stages.train.material import Inputs
 
