@@ -690,7 +690,7 @@ def scored_profile(pipeline_folder: Path, **changed: Any) -> Profile:
 
 
 def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact], pipeline_folder: Path) -> None:
-    from gmail_cli.components import captions, embedding, encoders
+    from gmail_cli.components import captions, clip_files, embedding
 
     workspace, artifact = scored
     assert artifact.verify() == []
@@ -699,7 +699,7 @@ def test_scores_are_cosines_of_the_frozen_clip(scored: tuple[Workspace, Artifact
     new = {*quality.COLUMNS, "copy_of"}
     assert [{key: value for key, value in row.items() if key not in new} for row in rows] == plain
     assert generate.plan_key(scored_profile(pipeline_folder)).digest == artifact.digest
-    clip = encoders.load_clip("tiny")
+    clip = clip_files.load_clip("tiny")
     contents = [artifact.file(row["path"]).read_bytes() for row in rows]
     images = embedding.embed_images(clip, contents.__getitem__, len(rows))
     texts, _ = embedding.embed_texts(clip, [row["caption"] for row in rows])

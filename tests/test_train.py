@@ -22,8 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gmail_cli import plan
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components import captions, ifcap, scenes, sitta
+from gmail_cli.components.clip_files import build_clip, load_clip, save_clip
 from gmail_cli.components.embedding import embed_images
-from gmail_cli.components.encoders import build_clip, load_clip, save_clip
 from gmail_cli.components.heads import classify, generate_captions, load_captioner, load_probe
 from gmail_cli.components.images import GeneratedImage
 from gmail_cli.components.pairs import pair

@@ -25,7 +25,7 @@ from gmail_cli import plan
 from gmail_cli.artifacts import Workspace
 from gmail_cli.components import captions, loop, parallel
 from gmail_cli.components.arms import Arm, View
-from gmail_cli.components.encoders import build_clip
+from gmail_cli.components.clip_files import build_clip
 from gmail_cli.components.parallel import Ranks
 from gmail_cli.components.tasks import clip_job
 from gmail_cli.errors import UsageError

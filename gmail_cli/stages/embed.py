@@ -230,7 +230,7 @@ def _digests(given: Mapping[str, Artifact]) -> dict[str, str]:
 
 
 def _key(profile: Profile, test: Dataset, given: Mapping[str, str]) -> StageKey:
-    from gmail_cli.components.encoders import model_digest
+    from gmail_cli.components.clip_files import model_digest
 
     embed = profile.embed
     chosen = {**settings(embed), "protocol": sources.origins(profile)["protocol"]}
@@ -513,7 +513,7 @@ class _Plan:
                     yield from self._cell(row, shared=space)
 
     def _space(self) -> str:
-        from gmail_cli.components.encoders import model_digest
+        from gmail_cli.components.clip_files import model_digest
 
         model = self.profile.model
         return model_digest(model.clip, revision=model.revision, seed=self.profile.seed)
@@ -525,7 +525,7 @@ class _Plan:
         return self._clip(str(self.inputs["aligned"].folder("clip")), name=f"{self.profile.model.clip} aligned")
 
     def _aligned_digest(self) -> str:
-        from gmail_cli.components.encoders import model_digest
+        from gmail_cli.components.clip_files import model_digest
 
         return model_digest(self.inputs["aligned"].folder("clip"))
 
@@ -533,7 +533,8 @@ class _Plan:
         """A model; only the last one is held."""
         import dataclasses
 
-        from gmail_cli.components.encoders import load_clip, rounded
+        from gmail_cli.components.clip_files import load_clip
+        from gmail_cli.components.encoders import rounded
 
         if self._loaded is None or self._loaded[0] != ref:
             embed = self.profile.embed
@@ -575,7 +576,7 @@ class _Plan:
             yield texts(name=name, count=len(classes), row=row_of, content=prompted)
 
     def _cell(self, row: Mapping[str, Any], *, shared: str) -> Iterator[_Set]:
-        from gmail_cli.components.encoders import model_digest
+        from gmail_cli.components.clip_files import model_digest
 
         folder = self.inputs["train"].folder(f"{row['folder']}/clip")
         own = row["image_encoder"] == "own"

@@ -180,7 +180,8 @@ class Inputs:
     @functools.cached_property
     def encoder(self) -> Any:
         """The encoder that the test images were embedded with."""
-        from gmail_cli.components.encoders import load_clip, model_digest, pick_device
+        from gmail_cli.components.clip_files import load_clip, model_digest
+        from gmail_cli.components.encoders import pick_device
 
         wanted = self.tables[IMAGES].header.encoder_digest
         named = self.origins["model"]

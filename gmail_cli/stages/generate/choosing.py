@@ -45,7 +45,7 @@ def afterwards(profile: Profile, workspace: Workspace, made: Artifact, *, progre
 
 
 def scored_key(profile: Profile, drawn: StageKey) -> StageKey:
-    from gmail_cli.components.encoders import model_digest
+    from gmail_cli.components.clip_files import model_digest
 
     clip = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     inputs = {**drawn.inputs, "drawn": drawn.digest}
@@ -111,7 +111,7 @@ def partners(profile: Profile) -> Dataset | None:
 
 
 def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress: Progress | None) -> Artifact:
-    from gmail_cli.components import encoders, quality
+    from gmail_cli.components import clip_files, encoders, quality
     from gmail_cli.components.images import GeneratedSet
 
     with workspace.open(scored_key(profile, _key_in(drawn))) as slot:
@@ -134,7 +134,7 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
             log = slot.log(f"scores/{part.start:09d}")
             with log.claim() as mine:
                 if mine:
-                    clip = clip or encoders.load_clip(
+                    clip = clip or clip_files.load_clip(
                         profile.model.clip, revision=profile.model.revision, device=device, seed=profile.seed
                     )
                     if real is not None and held is None:

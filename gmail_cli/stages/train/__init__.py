@@ -173,7 +173,7 @@ def _key(
     if "clip" in tasks and train.architecture:
         chosen["architecture"] = architecture(train.architecture)
     if any(TASKS[task].needs_clip for task in tasks if task != "clip" or not train.architecture):
-        from gmail_cli.components.encoders import model_digest
+        from gmail_cli.components.clip_files import model_digest
 
         models["clip"] = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     if "latent-diffusion" in tasks:

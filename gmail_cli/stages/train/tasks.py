@@ -109,7 +109,7 @@ def _long_clip(inputs: Inputs, cell: Cell) -> Job:
 
 
 def _clip(inputs: Inputs, cell: Cell) -> Job:
-    from gmail_cli.components.encoders import build_clip
+    from gmail_cli.components.clip_files import build_clip
     from gmail_cli.components.loop import seed_from
     from gmail_cli.components.tasks import clip_job
 
