@@ -24,6 +24,7 @@ from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import embed
+from gmail_cli.stages.embed.jobs import Job
 
 TEST, TRAIN = 6, 8
 
@@ -259,13 +260,13 @@ def test_killed_again_and_again_a_run_loses_one_shard_at_a_time(
     assert there[-1], "the last kill must leave shards to reuse"
     assert there[0] == {"test-images/0"}, "one shard done, the second one lost"
     asked: set[str] = set()
-    fill = embed._Job.fill
+    fill = Job.fill
 
     def record(job: Any, shards: Any, *, progress: Any) -> None:
         asked.update(f"{job.wanted.name}/{shard.start}" for shard in shards)
         fill(job, shards, progress=progress)
 
-    monkeypatch.setattr(embed._Job, "fill", record)
+    monkeypatch.setattr(Job, "fill", record)
     artifact = embed.run(profile, workspace, **inputs)
     assert artifact.content == sharded.content
     assert not asked & there[-1]
