@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from small_clips import VIT
 from small_pipelines import KINDS, save
+from small_training import World
 from test_align import _fake_generation, _shifted
-from test_train import World
 from torch._dynamo.utils import counters
 
 from gmail_cli import profile as profiles

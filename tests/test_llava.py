@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from small_training import IMAGES, SIDE, World
 from test_heads import TEXTS, pairs_of
-from test_train import IMAGES, SIDE, World
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gmail_cli.artifacts import Artifact, Workspace

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_training import IMAGES, SIDE, World, clip_config
 from test_heads import TEXTS, pairs_of
 from test_llava import record
-from test_train import IMAGES, SIDE, World, clip_config
 
 from gmail_cli import plan
 from gmail_cli.artifacts import Workspace
