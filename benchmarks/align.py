@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
-from gmail_cli.components import captions, embedding, encoders, tuning
+from gmail_cli.components import captions, clip_files, embedding, tuning
 from gmail_cli.components.arms import Arm, View
 from gmail_cli.components.heads import Captioner, load_lm
 from gmail_cli.components.images import GeneratedSet
@@ -44,7 +44,7 @@ from gmail_cli.components.loop import Recipe, fit
 from gmail_cli.components.pairs import pair
 from gmail_cli.components.pixels import Pixels
 from gmail_cli.components.tasks import clipcap_job
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import align, train
 
 SMALL = {
@@ -133,7 +133,7 @@ def step(options: argparse.Namespace, clip_ref: str, root: Path, generated: Arti
     given = profile(clip_ref, options)
     ours, start = stage_step(given, root, generated)
     compiled, compiled_start = stage_step(profile(clip_ref, options, compile=True), root, generated)
-    clip = encoders.load_clip(clip_ref)
+    clip = clip_files.load_clip(clip_ref)
     scenes, images = captions.read("scenes:train", limit=options.images), GeneratedSet.load(generated.path)
     every = np.arange(options.images)
 
@@ -144,7 +144,7 @@ def step(options: argparse.Namespace, clip_ref: str, root: Path, generated: Arti
     targets = torch.cat([clip.encode_images(part) for part in real.split(64)]).clone()
 
     def tower() -> nn.Module:
-        visual = encoders.load_clip(clip_ref).model.visual
+        visual = clip_files.load_clip(clip_ref).model.visual
         config = LoraConfig(r=4, lora_alpha=8, target_modules=list(tuning.lora_targets(visual)))
         return get_peft_model(visual, config)
 
@@ -198,7 +198,7 @@ def clipcap(options: argparse.Namespace, clip_ref: str, root: Path) -> dict[str,
     train.run(given, Workspace(root, "clipcap"))
     ours = steps * batch / (time.process_time() - start)
 
-    clip, scenes = encoders.load_clip(clip_ref), captions.read("scenes:train", limit=options.images)
+    clip, scenes = clip_files.load_clip(clip_ref), captions.read("scenes:train", limit=options.images)
     lm, tokenizer = load_lm("tiny")
     pairs = pair(scenes)
     captioner = Captioner(clip.dim, lm=lm, tokenizer=tokenizer, lm_name="tiny")
@@ -292,7 +292,7 @@ def main() -> None:
         clip_ref = options.model
         if not clip_ref:
             (root / "clip").mkdir()
-            encoders.save_clip(encoders.build_clip(SMALL), root / "clip")
+            clip_files.save_clip(clip_files.build_clip(SMALL), root / "clip")
             clip_ref = str(root / "clip")
         generated = make(Workspace(root, "made"), count=options.images)
         if options.only in (None, "step"):

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from gmail_cli.components import scenes
+from gmail_cli.components.clip_files import load_clip
 from gmail_cli.components.embedding import embed_images
-from gmail_cli.components.encoders import load_clip
 from gmail_cli.components.partners import held_out
 
 FIRST, SCENES, FEWEST = 10_000, 6_000, 50

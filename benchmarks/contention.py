@@ -21,9 +21,9 @@ from gmail_cli.cli import SPIN
 def steps_a_second(seconds: float) -> float:
     import torch
 
-    from gmail_cli.components import encoders
+    from gmail_cli.components import clip_files
 
-    model = encoders.load_clip("tiny").model.train().requires_grad_(True)
+    model = clip_files.load_clip("tiny").model.train().requires_grad_(True)
     images, texts = torch.randn(64, 3, 64, 64), torch.randint(1, 500, (64, 77))
 
     def step() -> None:

@@ -29,10 +29,11 @@ import torch
 from PIL import Image
 
 from gmail_cli.artifacts import Workspace
-from gmail_cli.components import captions, encoders
+from gmail_cli.components import captions, clip_files, encoders
 from gmail_cli.components.images import batches
 from gmail_cli.components.pixels import normalised
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import embed
 
 ON_GPU = torch.cuda.is_available()
@@ -59,7 +60,7 @@ def profile_for(source: Path, options: argparse.Namespace, **data: Any) -> Profi
 
 
 def stage(profile: Profile, clip: encoders.Clip) -> None:
-    encoders.load_clip = lambda *_args, **_options: clip
+    clip_files.load_clip = lambda *_args, **_options: clip
     with tempfile.TemporaryDirectory() as root:
         embed.run(profile, Workspace(Path(root)))
 
@@ -151,7 +152,7 @@ def memory(field: str) -> float:
 def peak(options: argparse.Namespace) -> None:
     """Print the peak of embedding the captions, repeated to --rows, in MB above what is held before."""
     texts = [" ".join(caption.text.split()) for caption in captions.read(options.captions).captions]
-    clip = encoders.build_clip({"model_cfg": SMALL, "preprocess_cfg": {}})
+    clip = clip_files.build_clip({"model_cfg": SMALL, "preprocess_cfg": {}})
     with tempfile.TemporaryDirectory() as root:
         file = Path(root, "texts.txt")
         file.write_text("".join(f"{texts[row % len(texts)]}\n" for row in range(options.rows)))
@@ -184,7 +185,7 @@ def main() -> None:
         peak(options)
         return
     clip = encoders.rounded(
-        encoders.load_clip(options.model, device="cuda" if ON_GPU else "cpu", precision=options.precision)
+        clip_files.load_clip(options.model, device="cuda" if ON_GPU else "cpu", precision=options.precision)
     )
     print(f"{options.model}, {options.precision}, {clip.device}, torch {torch.__version__}, {options.threads} threads")
     with tempfile.TemporaryDirectory() as root:

@@ -23,7 +23,8 @@ import torch
 
 from gmail_cli.artifacts import Workspace
 from gmail_cli.components import pipelines
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import generate
 from gmail_cli.stages.generate import planning
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gmail_cli.artifacts import Workspace
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate import drawing
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmail_cli.components import encoders
+from gmail_cli.components import clip_files
 from gmail_cli.components.captions import read
 from gmail_cli.components.metrics.captioning import score_captions
 from gmail_cli.components.metrics.intervals import bootstrap_sums
@@ -94,12 +94,12 @@ def image_tower(packages: Path, folder: Path) -> None:
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
     preprocess = {"mean": [0.498] * 3, "std": [0.502] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     model = {"embed_dim": 1280, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
-    clip = encoders.build_clip({"model_cfg": model, "preprocess_cfg": preprocess}, name="lite0")
+    clip = clip_files.build_clip({"model_cfg": model, "preprocess_cfg": preprocess}, name="lite0")
     trunk = clip.model.visual.trunk
     names = list(trunk.state_dict())  # timm's modules come in the order of the file's; its classifier is left out
     trunk.load_state_dict(dict(zip(names, list(held.values())[: len(names)], strict=True)))
     folder.mkdir()
-    encoders.save_clip(clip, folder)
+    clip_files.save_clip(clip, folder)
 
 
 def tell(evaluation: Path, flickr8k: Path) -> None:

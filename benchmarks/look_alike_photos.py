@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gmail_cli.components import captions, search
+from gmail_cli.components.clip_files import load_clip
 from gmail_cli.components.embedding import embed_images
-from gmail_cli.components.encoders import load_clip
 from gmail_cli.stages.sources import SPLIT_SEED
 
 HOLDOUT, TRAINING, COUNT = 0.1, 20_000, 20_000

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from gmail_cli.components import scenes, search
+from gmail_cli.components.clip_files import load_clip
 from gmail_cli.components.embedding import embed_images, embed_texts
-from gmail_cli.components.encoders import load_clip
 from gmail_cli.components.metrics.clipscore import clip_score
 
 FIRST, POOL = 10_000, 10_000

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from gmail_cli.components import scenes
+from gmail_cli.components.clip_files import load_clip
 from gmail_cli.components.embedding import embed_images
-from gmail_cli.components.encoders import load_clip
 
 FIRST = 1_000
 SIDE, KEPT, GAMMA, GRAIN, QUALITY = 96, 84, 1.3, 6.0, 50

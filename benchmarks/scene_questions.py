@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,8 +45,7 @@ def main() -> None:
             dice = random.Random(f"train/{index}/{name}")
             if turn == dice.randrange(len(ASKED)):
                 continue
-            kind = "scienceqa" if (index + turn) % 2 else "mmmu"
-            text, answer = asked(kind, facts, name, values, dice)
+            text, answer = asked("scienceqa" if (index + turn) % 2 else "mmmu", facts, name, values, dice)
             value = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": answer}]
             scene = scenes.sample_scene("train", index).scene_id
             conversations.append({"id": f"{scene}-{name}", "image": scene, "conversations": value})
@@ -55,7 +55,11 @@ def main() -> None:
 
 
 def asked(
-    kind: str, facts: dict[str, str], name: str, values: dict[str, list[str]], dice: random.Random
+    kind: Literal["scienceqa", "mmmu"],
+    facts: dict[str, str],
+    name: str,
+    values: dict[str, list[str]],
+    dice: random.Random,
 ) -> tuple[str, str]:
     """The question as the evaluation writes it, and its answer."""
     options, right = choices(facts, name, values, dice) if kind == "scienceqa" else ([], 0)

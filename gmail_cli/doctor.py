@@ -11,6 +11,7 @@ from pathlib import Path
 from gmail_cli import profile as profiles
 from gmail_cli import shipped
 from gmail_cli.artifacts import package_versions
+from gmail_cli.profile.schema import Profile
 
 _SHIPPED = Path(__file__).parent / "weights" / "tiny"
 
@@ -65,7 +66,7 @@ def _storage(workspace: Path) -> dict[str, str]:
     }
 
 
-def _needs(profile: profiles.Profile) -> str:
+def _needs(profile: Profile) -> str:
     missing = [
         f"{key} = {ref} ({'a folder that is not here' if ref.count('/') > 1 else 'hub; not in the cache'})"
         for key, ref, revision in _models(profile)
@@ -78,7 +79,7 @@ def _needs(profile: profiles.Profile) -> str:
     return "ready" if not missing else "needs " + "; ".join(missing)
 
 
-def _models(profile: profiles.Profile) -> list[tuple[str, str, str]]:
+def _models(profile: Profile) -> list[tuple[str, str, str]]:
     found = []
     if {"align", "train", "embed"} & {*profile.stages}:
         found.append(("model.clip", profile.model.clip, profile.model.revision))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.errors import InputError, SetupError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features
 from gmail_cli.stages.features import Features
 

@@ -25,10 +25,10 @@ from gmail_cli import plan
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components import captions as reader
-from gmail_cli.components import embedding, encoders, tuning
+from gmail_cli.components import clip_files, embedding, tuning
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import align
 
 IMAGES = 20
@@ -37,7 +37,7 @@ IMAGES = 20
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
-    encoders.save_clip(encoders.build_clip(VIT), folder)
+    clip_files.save_clip(clip_files.build_clip(VIT), folder)
     return folder
 
 
@@ -103,7 +103,7 @@ def test_outputs_fit_one_another(clip_folder: Path, workspace: Workspace, genera
     assert seen[-1] == (30, 30)
     assert align.run(profile, workspace, generated=generated).path == artifact.path
 
-    f_r = encoders.load_clip(clip_folder)
+    f_r = clip_files.load_clip(clip_folder)
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     tower = tuning.load_adapter(f_r, artifact.folder("adapter"))
     plain = open_clip.create_model(f"local-dir:{artifact.folder('clip')}").eval()
@@ -111,7 +111,7 @@ def test_outputs_fit_one_another(clip_folder: Path, workspace: Workspace, genera
         aligned = plain.encode_image(pixels, normalize=True)
         torch.testing.assert_close(tower(pixels), aligned, atol=1e-5, rtol=0)
     assert (aligned - f_r.encode_images(pixels)).abs().max() > 1e-3
-    assert encoders.model_digest(artifact.folder("clip")) == artifact.summary["encoder"]
+    assert clip_files.model_digest(artifact.folder("clip")) == artifact.summary["encoder"]
 
     curve = artifact.read_jsonl("metrics.jsonl")
     assert [row["step"] for row in curve] == [10, 20, 30]
@@ -149,7 +149,7 @@ def test_a_sweep_embeds_through_f_r_once(clip_folder: Path, generated: Artifact,
     ]
     alone = align.run(lines[1], Workspace(tmp_path / "alone", "test"), generated=generated)
     assert artifacts[1].content == alone.content
-    clip = encoders.load_clip(clip_folder)
+    clip = clip_files.load_clip(clip_folder)
     images = GeneratedSet.load(generated.path)
     stored = np.load(workspace.find(step.features[1][0].key).file("vectors.npy"))  # type: ignore[union-attr]
     np.testing.assert_array_equal(stored, embedding.embed_images(clip, images.image_bytes, len(images)))
@@ -308,7 +308,7 @@ def test_every_method_trains_and_merges(method: str, clip_folder: Path, workspac
     curve = artifact.read_jsonl("metrics.jsonl")
     assert curve[-1]["loss"] < curve[0]["loss"]
     assert ("adapter/adapter_config.json" in artifact.files) == (method == "dora")
-    assert encoders.model_digest(artifact.folder("clip")) == artifact.summary["encoder"]
+    assert clip_files.model_digest(artifact.folder("clip")) == artifact.summary["encoder"]
 
 
 @pytest.mark.parametrize("changes", [{"lora_dropout": 0.4}, {"method": "dora", "objective": "real-text+coral"}])

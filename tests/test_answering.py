@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from small_training import IMAGES, SIDE, World
 from test_heads import TEXTS, pairs_of
 from test_llava import DIM, TOKENS, arm_of, images, job_of
-from test_train import IMAGES, SIDE, World
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gmail_cli.artifacts import Artifact

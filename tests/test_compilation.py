@@ -18,16 +18,17 @@ import torch
 from safetensors.torch import load_file
 from small_clips import VIT
 from small_pipelines import KINDS, save
+from small_training import World
 from test_align import _fake_generation, _shifted
-from test_train import World
 from torch._dynamo.utils import counters
 
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import captions as reader
-from gmail_cli.components import compilation, diffusion, encoders, pipelines, tuning
+from gmail_cli.components import clip_files, compilation, diffusion, encoders, pipelines, tuning
 from gmail_cli.errors import SetupError, UsageError
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import align, generate, train
 from gmail_cli.stages.generate import checking
 
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generated(folder: Path) -> Artifact:
     """A "generated" image of each scene; and the CLIP that is aligned."""
     (folder / "clip").mkdir()
-    encoders.save_clip(encoders.build_clip(VIT), folder / "clip")
+    clip_files.save_clip(clip_files.build_clip(VIT), folder / "clip")
     scenes = reader.read("scenes:train", limit=IMAGES, scene_size=32)
     owners = [(image, scenes.captions_of(image.id)[0]) for image in scenes.images]
     rows = [{"caption_id": caption.id, "caption": caption.text, "owner": image.id} for image, caption in owners]
@@ -123,7 +124,7 @@ def test_align_ends_in_the_same_bytes_after_a_kill(folder: Path, generated: Arti
     assert curves[0] == pytest.approx(curves[1], abs=1e-3)
     assert plain_names(whole.file("adapter/adapter_model.safetensors"))
     loaded = open_clip.create_model(f"local-dir:{whole.folder('clip')}").eval()
-    tower = tuning.load_adapter(encoders.load_clip(folder / "clip"), whole.folder("adapter"))
+    tower = tuning.load_adapter(clip_files.load_clip(folder / "clip"), whole.folder("adapter"))
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(tower(pixels), loaded.encode_image(pixels, normalize=True), atol=1e-5, rtol=0)
@@ -172,7 +173,7 @@ def test_a_captioner_ends_in_the_same_bytes_after_a_kill(folder: Path, tmp_path:
 
 
 def test_text_towers_are_shown_few_shapes() -> None:
-    clip = encoders.build_clip(VIT)
+    clip = clip_files.build_clip(VIT)
     texts = [f"{'red ' * (row % 7)}ball {row}" for row in range(20)]
     ids = clip.tokenize(texts).ids
     wanted = clip.encode_texts(texts)

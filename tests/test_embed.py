@@ -18,12 +18,13 @@ from small_clips import VIT
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, disk
 from gmail_cli.components import captions as reader
-from gmail_cli.components import embedding, encoders, tables
+from gmail_cli.components import clip_files, embedding, tables
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import embed
+from gmail_cli.stages.embed.jobs import Job
 
 TEST, TRAIN = 6, 8
 
@@ -34,7 +35,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for seed, name in enumerate(("f_r", "f_g", "cell")):
         folders[name] = tmp_path_factory.mktemp(name)
-        encoders.save_clip(encoders.build_clip(VIT, seed=seed), folders[name])
+        clip_files.save_clip(clip_files.build_clip(VIT, seed=seed), folders[name])
     return folders
 
 
@@ -77,8 +78,8 @@ def _model_artifact(
 ) -> Artifact:
     with workspace.open(StageKey(stage=stage, settings=settings or {})) as slot:
         for name, source in folders.items():
-            clip = encoders.load_clip(source)
-            slot.write_folder(name, lambda folder, clip=clip: encoders.save_clip(clip, folder))
+            clip = clip_files.load_clip(source)
+            slot.write_folder(name, lambda folder, clip=clip: clip_files.save_clip(clip, folder))
         slot.write_json("cells.json", cells)
         return slot.commit(summary={})
 
@@ -157,7 +158,7 @@ def test_tables_that_may_be_compared_share_a_space(whole: Artifact):
 
 
 def test_each_table_comes_from_its_own_encoder(whole: Artifact, clips: dict[str, Path]):
-    found, models = _tables(whole), {name: encoders.load_clip(folder) for name, folder in clips.items()}
+    found, models = _tables(whole), {name: clip_files.load_clip(folder) for name, folder in clips.items()}
     test = reader.read("scenes:test", limit=TEST, scene_size=32)
     train = reader.read("scenes:train", limit=TRAIN, scene_size=32)
     rows = {image.id: row for row, image in enumerate(train.images)}
@@ -207,7 +208,7 @@ def test_real_images_through_f_g_only_when_asked(
     made = _tables(embed.run(tuned, workspace, aligned=aligned))["test-images"]
     original = _tables(whole)["test-images"]
     assert made.header.flow == "generated"
-    assert made.header.encoder_digest == encoders.model_digest(clips["f_g"]) != original.header.encoder_digest
+    assert made.header.encoder_digest == clip_files.model_digest(clips["f_g"]) != original.header.encoder_digest
     assert np.abs(made.vectors - original.vectors).max() > 1e-2
 
 
@@ -247,7 +248,7 @@ def test_killed_again_and_again_a_run_loses_one_shard_at_a_time(
     profile, workspace = _profile(clips, shard_rows=4), Workspace(tmp_path, "test")
     inputs = {"generated": generated, "aligned": aligned}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gmail_cli.stages.embed", "gmail_cli.components.encoders", "open_clip"])
+    context.set_forkserver_preload(["gmail_cli.stages.embed", "gmail_cli.components.clip_files", "open_clip"])
     scratch = workspace.folder("embed") / f"{sharded.digest[:12]}.partial" / "scratch" / "shards"
     there: list[set[str]] = []
     for at in (3, 6, 11):  # in a shard of images, between the files of a table, in a shard of texts
@@ -259,13 +260,13 @@ def test_killed_again_and_again_a_run_loses_one_shard_at_a_time(
     assert there[-1], "the last kill must leave shards to reuse"
     assert there[0] == {"test-images/0"}, "one shard done, the second one lost"
     asked: set[str] = set()
-    fill = embed._Job.fill
+    fill = Job.fill
 
     def record(job: Any, shards: Any, *, progress: Any) -> None:
         asked.update(f"{job.wanted.name}/{shard.start}" for shard in shards)
         fill(job, shards, progress=progress)
 
-    monkeypatch.setattr(embed._Job, "fill", record)
+    monkeypatch.setattr(Job, "fill", record)
     artifact = embed.run(profile, workspace, **inputs)
     assert artifact.content == sharded.content
     assert not asked & there[-1]
@@ -414,7 +415,7 @@ def test_labelled_training_images_go_through_the_encoders_of_the_test_images(
         assert table.rows == [{"id": scenes.images[row].id, "label": scenes.images[row].label} for row in rows]
         assert table.header.encoder_digest == images.header.encoder_digest
         expected = embedding.embed_images(
-            encoders.load_clip(clips[model]), lambda place: scenes.image_bytes(rows[place]), len(rows)
+            clip_files.load_clip(clips[model]), lambda place: scenes.image_bytes(rows[place]), len(rows)
         )
         np.testing.assert_allclose(table.vectors, expected, atol=1e-6)
     assert not any(name.startswith("train-images@clip-text") for name in found)
@@ -453,12 +454,12 @@ def test_generated_images_go_through_f_g(
     assert found["test-images"].ids == [row.key for row in images.rows]
     assert [row["owner"] for row in found["test-texts"].rows] == [row.key for row in images.rows]
     assert found["test-images"].header.flow == "generated"
-    f_g = embedding.embed_images(encoders.load_clip(clips["f_g"]), images.image_bytes, len(images))
+    f_g = embedding.embed_images(clip_files.load_clip(clips["f_g"]), images.image_bytes, len(images))
     np.testing.assert_allclose(found["test-images"].vectors, f_g, atol=1e-6)
     through_f_r = given.model_copy(update={"embed": _profile(clips).embed})
     naive = _tables(embed.run(through_f_r, workspace))["test-images"]
     assert naive.header.flow == "real"
-    f_r = embedding.embed_images(encoders.load_clip(clips["f_r"]), images.image_bytes, len(images))
+    f_r = embedding.embed_images(clip_files.load_clip(clips["f_r"]), images.image_bytes, len(images))
     np.testing.assert_allclose(naive.vectors, f_r, atol=1e-6)
 
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from small_clips import RESNET, TEXT, TEXTS, VIT
 
-from gmail_cli.components import embedding, encoders, rotary
+from gmail_cli.components import clip_files, embedding, encoders, rotary
 from gmail_cli.components.encoders import Clip
 from gmail_cli.errors import InputError, SetupError, UsageError
 
 
 @pytest.fixture(scope="module")
 def vit() -> Clip:
-    return encoders.build_clip(VIT, name="vit")
+    return clip_files.build_clip(VIT, name="vit")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def pixels() -> torch.Tensor:
 
 
 def test_saved_model_loads_in_plain_open_clip_with_equal_outputs(vit: Clip, pixels: torch.Tensor, tmp_path: Path):
-    encoders.save_clip(vit, tmp_path)
+    clip_files.save_clip(vit, tmp_path)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     model.eval()
@@ -43,8 +43,8 @@ def test_saved_model_loads_in_plain_open_clip_with_equal_outputs(vit: Clip, pixe
     torch.testing.assert_close(vit.encode_texts(TEXTS), texts, atol=1e-6, rtol=0)
     assert transform is not None
 
-    again = encoders.load_clip(tmp_path)
-    assert again.digest == vit.digest == encoders.model_digest(tmp_path)
+    again = clip_files.load_clip(tmp_path)
+    assert again.digest == vit.digest == clip_files.model_digest(tmp_path)
     assert torch.equal(again.encode_images(pixels), vit.encode_images(pixels))
     assert again.model.visual.transformer.resblocks[0].mlp.gelu.__class__.__name__ == "QuickGELU"
 
@@ -54,25 +54,25 @@ def test_digest_follows_content_not_file_layout(vit: Clip, tmp_path: Path):
 
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
-        encoders.save_clip(vit, tmp_path / name)
-    tensors = load_file(tmp_path / "b" / encoders.WEIGHTS_FILE)
-    save_file(tensors, tmp_path / "b" / encoders.WEIGHTS_FILE, metadata={"made": "elsewhere"})
-    assert encoders.model_digest(tmp_path / "b") == encoders.model_digest(tmp_path / "a")
+        clip_files.save_clip(vit, tmp_path / name)
+    tensors = load_file(tmp_path / "b" / clip_files.WEIGHTS_FILE)
+    save_file(tensors, tmp_path / "b" / clip_files.WEIGHTS_FILE, metadata={"made": "elsewhere"})
+    assert clip_files.model_digest(tmp_path / "b") == clip_files.model_digest(tmp_path / "a")
     tensors["logit_scale"] = tensors["logit_scale"] + 1
-    save_file(tensors, tmp_path / "b" / encoders.WEIGHTS_FILE)
-    assert encoders.model_digest(tmp_path / "b") != encoders.model_digest(tmp_path / "a")
+    save_file(tensors, tmp_path / "b" / clip_files.WEIGHTS_FILE)
+    assert clip_files.model_digest(tmp_path / "b") != clip_files.model_digest(tmp_path / "a")
     config = {**VIT, "model_cfg": {**VIT["model_cfg"], "quick_gelu": False}}
-    (tmp_path / "c" / encoders.CONFIG_FILE).write_text(json.dumps(config))
-    assert encoders.model_digest(tmp_path / "c") != encoders.model_digest(tmp_path / "a")
+    (tmp_path / "c" / clip_files.CONFIG_FILE).write_text(json.dumps(config))
+    assert clip_files.model_digest(tmp_path / "c") != clip_files.model_digest(tmp_path / "a")
 
 
 def test_random_weights_follow_the_seed(vit: Clip):
     name = "visual.conv1.weight"
-    same, other = (encoders.build_clip(VIT, seed=seed) for seed in (0, 1))
+    same, other = (clip_files.build_clip(VIT, seed=seed) for seed in (0, 1))
     assert torch.equal(vit.model.get_parameter(name), same.model.get_parameter(name))
     assert not torch.equal(vit.model.get_parameter(name), other.model.get_parameter(name))
     assert vit.digest == same.digest != other.digest
-    assert encoders.model_digest("RN50", seed=1) != encoders.model_digest("RN50", seed=2)
+    assert clip_files.model_digest("RN50", seed=1) != clip_files.model_digest("RN50", seed=2)
 
 
 @pytest.mark.parametrize(
@@ -85,39 +85,39 @@ def test_random_weights_follow_the_seed(vit: Clip):
 )
 def test_unknown_models_are_refused_with_the_nearest(ref: str, named: str):
     with pytest.raises(UsageError, match=named):
-        encoders.load_clip(ref)
+        clip_files.load_clip(ref)
 
 
 def test_disagreement_about_the_activation_is_refused():
     with pytest.raises(UsageError, match="QuickGELU"):
-        encoders.load_clip("roberta-ViT-B-32/laion2b_s12b_b32k")
+        clip_files.load_clip("roberta-ViT-B-32/laion2b_s12b_b32k")
 
 
 def test_damaged_folders_are_named(vit: Clip, tmp_path: Path):
-    with pytest.raises(InputError, match=encoders.CONFIG_FILE):
-        encoders.load_clip(tmp_path)
-    (tmp_path / encoders.CONFIG_FILE).write_text(json.dumps(VIT))
+    with pytest.raises(InputError, match=clip_files.CONFIG_FILE):
+        clip_files.load_clip(tmp_path)
+    (tmp_path / clip_files.CONFIG_FILE).write_text(json.dumps(VIT))
     with pytest.raises(InputError, match="no weights"):
-        encoders.load_clip(tmp_path)
-    encoders.save_clip(vit, tmp_path)
-    weights = tmp_path / encoders.WEIGHTS_FILE
+        clip_files.load_clip(tmp_path)
+    clip_files.save_clip(vit, tmp_path)
+    weights = tmp_path / clip_files.WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match=str(tmp_path)):
-        encoders.load_clip(tmp_path)
+        clip_files.load_clip(tmp_path)
 
 
 def test_a_tokenizer_of_transformers_is_the_one_that_is_named(tmp_path: Path):
     from open_clip.tokenizer import HFTokenizer
 
-    shutil.copytree(encoders.SHIPPED["tiny"], tmp_path / "own", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(clip_files.SHIPPED["tiny"], tmp_path / "own", ignore=shutil.ignore_patterns("*.safetensors"))
     config = copy.deepcopy(VIT)
     options = {"hf_tokenizer_name": str(tmp_path / "own"), "tokenizer_kwargs": {"clean": "canonicalize"}}
     config["model_cfg"]["text_cfg"].update(options)
     expected = HFTokenizer(str(tmp_path / "own"), 32, clean="canonicalize")(["A red, ball!"])
-    assert torch.equal(encoders.build_clip(config).tokenize(["A red, ball!"]).ids, expected)
+    assert torch.equal(clip_files.build_clip(config).tokenize(["A red, ball!"]).ids, expected)
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "nobody/no-tokenizer"
     with pytest.raises(SetupError, match="nobody/no-tokenizer"):
-        encoders.build_clip(config)
+        clip_files.build_clip(config)
 
 
 def test_bf16_is_refused_where_it_is_slow(monkeypatch: pytest.MonkeyPatch):
@@ -139,7 +139,7 @@ def test_rounded_towers_give_nearly_the_same_unit_vectors(kind: str, pixels: tor
         config["model_cfg"]["text_cfg"][rotary.KEY] = 10000.0
     if kind == "timm":
         config["model_cfg"]["vision_cfg"] = {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 32}
-    exact, clip = (encoders.build_clip(config, precision=each) for each in ("fp32", "bf16"))
+    exact, clip = (clip_files.build_clip(config, precision=each) for each in ("fp32", "bf16"))
     assert encoders.rounded(exact).dtype == torch.float32
     assert encoders.rounded(clip).dtype == torch.bfloat16
     for encode, given in (("encode_images", pixels), ("encode_texts", TEXTS)):
@@ -157,7 +157,7 @@ def test_rounded_towers_give_nearly_the_same_unit_vectors(kind: str, pixels: tor
 def test_trimmed_texts_equal_padded_ones(custom: bool):
     config = copy.deepcopy(VIT)
     config["model_cfg"]["custom_text"] = custom
-    clip = encoders.build_clip(config)
+    clip = clip_files.build_clip(config)
     tokens = clip.tokenize(TEXTS)
     with torch.no_grad():
         padded = clip.model.encode_text(tokens.ids, normalize=True)
@@ -196,7 +196,7 @@ def test_towers_that_see_all_positions_are_not_trimmed():
     config = copy.deepcopy(VIT)
     config["model_cfg"]["custom_text"] = True
     config["model_cfg"]["text_cfg"] |= {"no_causal_mask": True, "pool_type": "last"}
-    clip = encoders.build_clip(config)
+    clip = clip_files.build_clip(config)
     tokens = clip.tokenize(TEXTS)
     with torch.no_grad():
         torch.testing.assert_close(clip.encode_texts(TEXTS), clip.model.encode_text(tokens.ids, normalize=True))
@@ -228,7 +228,7 @@ def test_images_embed_in_order_as_unit_rows(vit: Clip):
 def test_the_tokenizer_of_another_model_is_named(tmp_path: Path):
     """open_clip's own has 49,408 tokens, the text tower here 600."""
     config = {**VIT, "model_cfg": {**VIT["model_cfg"], "text_cfg": {**TEXT, "vocab_size": 600}}}
-    encoders.save_clip(encoders.build_clip(config), tmp_path)
-    clip = encoders.load_clip(tmp_path)
+    clip_files.save_clip(clip_files.build_clip(config), tmp_path)
+    clip = clip_files.load_clip(tmp_path)
     with pytest.raises(InputError, match=r"gives token 49407 for 'a cat' .* its text tower knows 600 tokens"):
         clip.tokenize(["a cat"])

@@ -15,7 +15,7 @@ import torch
 from test_cli import ROOT, gmail
 
 from gmail_cli.artifacts import Artifact, Workspace
-from gmail_cli.components import encoders
+from gmail_cli.components import clip_files
 from gmail_cli.components.tables import Table
 from gmail_cli.profile import build
 from gmail_cli.stages import embed, evaluate, index
@@ -57,8 +57,8 @@ def test_run_makes_a_report_and_a_second_run_reuses_everything(tmp_path: Path) -
 
 def clip_scores_are_those_of_plain_open_clip(artifact: Path, results: dict[str, Any], embedded: Artifact) -> None:
     """CLIPScore and RefCLIPScore of the captions on disk, as Hessel et al. write them down."""
-    model = open_clip.create_model(f"local-dir:{encoders.SHIPPED['tiny']}").eval()
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{encoders.SHIPPED['tiny']}")
+    model = open_clip.create_model(f"local-dir:{clip_files.SHIPPED['tiny']}").eval()
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{clip_files.SHIPPED['tiny']}")
     images, texts = (Table.load(embedded.folder(name)) for name in ("test-images", "test-texts"))
 
     def vectors(captions: list[str]) -> np.ndarray:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_pipelines
 import torch
 
 from gmail_cli import cli
@@ -20,11 +19,6 @@ from gmail_cli.components import pipelines
 from gmail_cli.stages.generate import drawing
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
-
-@pytest.fixture(scope="session")
-def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_pipelines.save("sd1", tmp_path_factory.mktemp("pipeline") / "sd1")
 
 
 @pytest.fixture

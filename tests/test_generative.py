@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmail_cli.components import captions, generative
 from gmail_cli.components.arms import Arm, View
-from gmail_cli.components.encoders import build_clip
+from gmail_cli.components.clip_files import build_clip
 from gmail_cli.components.loop import Job, Recipe, fit
 from gmail_cli.components.pairs import Pairs, pair
 from gmail_cli.components.scenes import render, sample_scene

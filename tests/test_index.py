@@ -12,7 +12,8 @@ from test_cli import gmail
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components.tables import Flow, Modality, Table
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import index, search, sources
 
 SPACE = "5" * 64

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from small_training import IMAGES, SIDE, World
 from test_heads import TEXTS, pairs_of
-from test_train import IMAGES, SIDE, World
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import captions
 from gmail_cli.components.arms import Arm, View
+from gmail_cli.components.clip_files import build_clip, load_clip, save_clip
 from gmail_cli.components.conversations import (
     IGNORED,
     IMAGE_ID,
@@ -29,7 +30,6 @@ from gmail_cli.components.conversations import (
     owner_of,
     read_conversations,
 )
-from gmail_cli.components.encoders import build_clip, load_clip, save_clip
 from gmail_cli.components.heads import load_lm
 from gmail_cli.components.llava import (
     Llava,

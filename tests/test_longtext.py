@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_clips import VIT
 
-from gmail_cli.components import encoders, longtext
+from gmail_cli.components import clip_files, longtext
 from gmail_cli.components.pairs import Candidates, Pairs
 from gmail_cli.errors import InputError, UsageError
 
@@ -38,7 +38,7 @@ def test_a_straight_line_stays_straight(length: int, keep: int):
 
 
 def test_a_lengthened_tower_reads_more_and_says_the_same_of_short_texts():
-    clip = encoders.build_clip(VIT)
+    clip = clip_files.build_clip(VIT)
     longer = longtext.lengthened(clip, length=100, keep=12)
     assert (clip.context_length, longer.context_length) == (32, 100)
     assert longer.digest != clip.digest
@@ -93,7 +93,7 @@ def test_short_texts():
 
 
 def test_every_short_text_of_a_row_is_drawn():
-    shorts = longtext._Shorts(encoders.build_clip(VIT), [("one", "two"), ("three",), ("two", "four", "one")])
+    shorts = longtext._Shorts(clip_files.build_clip(VIT), [("one", "two"), ("three",), ("two", "four", "one")])
     torch.manual_seed(0)
     drawn = torch.stack([shorts.draw(torch.tensor([0, 1, 2])) for _ in range(200)])
     assert [set(column.tolist()) for column in drawn.T] == [{0, 1}, {2}, {0, 1, 3}]

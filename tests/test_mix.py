@@ -15,7 +15,8 @@ from PIL import Image
 from gmail_cli.artifacts import Artifact, Waiting, Workspace
 from gmail_cli.components import captions, pipelines
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, build, dump, loads
+from gmail_cli.profile import build, dump, loads
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import generate
 from gmail_cli.stages.generate import checking, drawing, exporting, planning
 

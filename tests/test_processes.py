@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import small_pipelines
 
-from gmail_cli import cli, processes
+from gmail_cli import cli, cli_run, processes
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.profile import build
 from gmail_cli.stages import generate
@@ -40,7 +40,7 @@ def test_processes_draw_together_what_one_would_have_drawn(
 def test_parts_of_parts_and_the_options_that_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr(processes, "together", lambda arguments, **_: asked.extend(arguments))
-    monkeypatch.setattr(cli, "_stage", lambda *_, **__: None)
+    monkeypatch.setattr(cli_run, "run_stage", lambda *_, **__: None)
     monkeypatch.setattr("sys.argv", ["gmail", "generate", "--shard=2/3", "-s", "seed=4", "--processes", "2", "--json"])
     with pytest.raises(SystemExit):
         cli.main()

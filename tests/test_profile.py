@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from gmail_cli import profile as profiles
 from gmail_cli import shipped
 from gmail_cli.errors import UsageError
+from gmail_cli.profile.generation import Generator
+from gmail_cli.profile.schema import SECTIONS, Profile
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -49,13 +51,13 @@ def test_dump_then_load_gives_an_equal_profile(
 
 def test_every_field_has_a_docstring_in_the_schema() -> None:
     schema = json.dumps(profiles.schema())
-    for name in profiles.SECTIONS:
-        section = profiles.Profile.model_fields[name].annotation
+    for name in SECTIONS:
+        section = Profile.model_fields[name].annotation
         assert section is not None
         for key, field in section.model_fields.items():
             assert field.description, f"{name}.{key} has no docstring"
             assert json.dumps(field.description)[1:-1] in schema
-    assert all(field.description for field in profiles.Generator.model_fields.values())
+    assert all(field.description for field in Generator.model_fields.values())
 
 
 @pytest.mark.parametrize(

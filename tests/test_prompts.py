@@ -13,7 +13,8 @@ from PIL import Image as Picture
 from gmail_cli.components import prompts
 from gmail_cli.components.captions import Dataset, Image
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import TEMPLATE_SETS, build
+from gmail_cli.profile import build
+from gmail_cli.profile.values import TEMPLATE_SETS
 from gmail_cli.stages import sources
 
 

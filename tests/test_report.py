@@ -141,6 +141,11 @@ def test_no_difference_is_stated_as_that() -> None:
     found = report.verdict(document(*measured(0.6, 0.6, 0.8)))
     assert found.headline == "Alignment makes no measurable difference to the text tower (text→image R@1 +0.0 points)."
     assert found.findings[0].outcome == "unclear"
+    assert re.search(
+        r"images is equal to that with .* \(95 % interval \+0\.0 to \+0\.0; equal in 2 of 2 seeds\)",
+        found.findings[0].sentence,
+    )
+    assert names.beside("cider", -0.0002, "real") == "less than 0.1 points below real"
 
 
 def test_no_distance_to_close_is_said() -> None:
@@ -182,7 +187,7 @@ def test_several_tasks_are_gathered_in_one_sentence() -> None:
             "10.0 points below no training",
         ),
         (0.5, "", "10.0 points above no training"),
-        (0.6, "", "no measurable difference)"),
+        (0.6, "", "; it is equal to no training (+0.0 to +0.0, no measurable difference)"),
     ],
 )
 def test_no_training_is_not_passed_over(untrained: float, headline: str, sentence: str) -> None:

@@ -20,7 +20,9 @@ from gmail_cli.artifacts import Artifact, Waiting, Workspace
 from gmail_cli.components import rewriting
 from gmail_cli.components.rewriting import Rewriter, Wanted, load_rewriter, usable
 from gmail_cli.errors import SetupError, UsageError
-from gmail_cli.profile import Profile, Rewrite, build
+from gmail_cli.profile import build
+from gmail_cli.profile.generation import Rewrite
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import generate
 from gmail_cli.stages.generate import checking, drawing, exporting, planning
 

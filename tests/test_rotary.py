@@ -13,7 +13,7 @@ from small_clips import VIT
 from torch import nn
 from torch.nn import functional
 
-from gmail_cli.components import encoders, longtext, rotary
+from gmail_cli.components import clip_files, longtext, rotary
 from gmail_cli.components.arms import Arm, View
 from gmail_cli.components.loop import Recipe, fit
 from gmail_cli.components.pairs import Candidates, Pairs
@@ -62,7 +62,7 @@ def test_attention_against_one_written_out():
 
 
 def test_a_rotary_tower_is_saved_and_loaded_and_plain_open_clip_stops_at_it(tmp_path: Path):
-    clip = encoders.build_clip(VIT)
+    clip = clip_files.build_clip(VIT)
     longer = longtext.lengthened(clip, length=100, positions="rotary")
     assert longer.context_length == 100
     model = longer.model
@@ -77,10 +77,10 @@ def test_a_rotary_tower_is_saved_and_loaded_and_plain_open_clip_stops_at_it(tmp_
     with torch.inference_mode():
         theirs = model.encode_text(longer.tokenize(texts).ids, normalize=True)
     torch.testing.assert_close(embedded, theirs)
-    encoders.save_clip(longer, tmp_path)
-    again = encoders.load_clip(tmp_path)
+    clip_files.save_clip(longer, tmp_path)
+    again = clip_files.load_clip(tmp_path)
     torch.testing.assert_close(again.encode_texts(texts), embedded, atol=0, rtol=0)
-    assert again.digest == encoders.model_digest(tmp_path) == longer.digest
+    assert again.digest == clip_files.model_digest(tmp_path) == longer.digest
     with pytest.raises(TypeError, match="rotary_base"):
         open_clip.create_model(f"local-dir:{tmp_path}")
 
@@ -89,15 +89,15 @@ def test_towers_that_cannot_be_rotary():
     odd = copy.deepcopy(VIT)
     odd["model_cfg"]["text_cfg"] |= {"width": 30, "heads": 2}
     with pytest.raises(UsageError, match="heads of width 15"):
-        longtext.lengthened(encoders.build_clip(odd), length=100, positions="rotary")
-    model = encoders.build_clip(VIT).model
+        longtext.lengthened(clip_files.build_clip(odd), length=100, positions="rotary")
+    model = clip_files.build_clip(VIT).model
     model.transformer.resblocks = nn.ModuleList([nn.Linear(2, 2)])
     with pytest.raises(UsageError, match="no learned positions to replace"):
         rotary.make_rotary(model, base=rotary.BASE, name="small")
 
 
 def test_a_rotary_tower_learns_from_the_old_one_and_then_from_long_captions():
-    clip = encoders.build_clip(VIT, seed=1)
+    clip = clip_files.build_clip(VIT, seed=1)
     texts = tuple(
         f"{'red' if i % 2 else 'blue'} {' and '.join('abcdefgh'[: 2 + i % 5])} thing number {i}" for i in range(24)
     )

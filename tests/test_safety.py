@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from gmail_cli.artifacts import Workspace
 from gmail_cli.components import pipelines, quality, safety
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, build
+from gmail_cli.profile import build
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import generate
 from gmail_cli.stages.generate import exporting
 

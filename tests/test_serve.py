@@ -23,7 +23,7 @@ from test_cli import ROOT, gmail, shell_environment
 
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.components import web
-from gmail_cli.components.encoders import load_clip, save_clip
+from gmail_cli.components.clip_files import load_clip, save_clip
 from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import build
 from gmail_cli.stages import embed, index

@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_training import IMAGES, SIDE, World, clip_config
 from test_heads import TEXTS, pairs_of
 from test_llava import record
-from test_train import IMAGES, SIDE, World, clip_config
 
 from gmail_cli import plan
 from gmail_cli.artifacts import Workspace
 from gmail_cli.components import captions, loop, parallel
 from gmail_cli.components.arms import Arm, View
-from gmail_cli.components.encoders import build_clip
+from gmail_cli.components.clip_files import build_clip
 from gmail_cli.components.parallel import Ranks
 from gmail_cli.components.tasks import clip_job
 from gmail_cli.errors import UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 
 SELF = Path(__file__)
 TASKS = ("linear-probe", "clip-text", "long-clip", "clip", "clipcap", "ifcap", "sitta", "llava")

@@ -36,7 +36,7 @@ from transformers import (
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import captions as reader
-from gmail_cli.components import encoders, tuning
+from gmail_cli.components import clip_files, tuning
 from gmail_cli.components.arms import Arm, View
 from gmail_cli.components.loop import Recipe, fit
 from gmail_cli.components.tasks import clip_text_job
@@ -52,7 +52,7 @@ TEXTS = ["a red ball", "two trees and a house " * 30, ""]
 
 def _write(kind: str, folder: Path) -> Path:
     """A model of two layers with random weights, as its library saves it."""
-    tokenizer = AutoTokenizer.from_pretrained(encoders.SHIPPED["tiny"])
+    tokenizer = AutoTokenizer.from_pretrained(clip_files.SHIPPED["tiny"])
     text = {**BLOCKS, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model: Any
@@ -99,7 +99,7 @@ def pixels() -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_embed_as_transformers_embeds_them(kind: str, folders: dict[str, Path], pixels: torch.Tensor):
-    clip, plain = encoders.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
+    clip, plain = clip_files.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
     wanted = _plain(plain, kind, pixels)
     torch.testing.assert_close(clip.encode_images(pixels), wanted, atol=1e-5, rtol=0)
     assert wanted.shape[1] == clip.dim
@@ -114,7 +114,7 @@ def test_images_embed_as_transformers_embeds_them(kind: str, folders: dict[str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_patch_tokens_are_those_of_the_last_layer_but_one(kind: str, folders: dict[str, Path]):
-    clip, plain = encoders.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
+    clip, plain = clip_files.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
     shown = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), "uint8")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (clip.preprocess.mean, clip.preprocess.std))
     tower = plain.vision_model if kind in JOINT else plain
@@ -129,7 +129,7 @@ def test_patch_tokens_are_those_of_the_last_layer_but_one(kind: str, folders: di
 
 @pytest.mark.parametrize("kind", JOINT)
 def test_texts_embed_as_transformers_embeds_them(kind: str, folders: dict[str, Path]):
-    clip, plain = encoders.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
+    clip, plain = clip_files.load_clip(folders[kind]), AutoModel.from_pretrained(folders[kind]).eval()
     tokenizer = AutoTokenizer.from_pretrained(folders[kind])
     read = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_texts_embed_as_transformers_embeds_them(kind: str, folders: dict[str, P
 def test_an_adapter_is_merged_and_loaded_elsewhere(
     kind: str, folders: dict[str, Path], pixels: torch.Tensor, tmp_path: Path
 ):
-    clip = encoders.load_clip(folders[kind])
+    clip = clip_files.load_clip(folders[kind])
     before = clip.encode_images(pixels)
     tower = tuning.add_lora(clip, rank=2)
     with torch.no_grad():
@@ -155,15 +155,15 @@ def test_an_adapter_is_merged_and_loaded_elsewhere(
     (tmp_path / "merged").mkdir()
     (tmp_path / "adapter").mkdir()
     merged = tuning.merge(clip, tower)
-    encoders.save_clip(merged, tmp_path / "merged")
+    clip_files.save_clip(merged, tmp_path / "merged")
     tuning.save_adapter(tower, tmp_path / "adapter", base=kind)
     torch.testing.assert_close(clip.encode_images(pixels), before, atol=0, rtol=0)
     torch.testing.assert_close(merged.encode_images(pixels), tuned, atol=1e-5, rtol=0)
-    assert encoders.model_digest(tmp_path / "merged") == merged.digest != clip.digest
+    assert clip_files.model_digest(tmp_path / "merged") == merged.digest != clip.digest
 
     plain = AutoModel.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(_plain(plain, kind, pixels), tuned, atol=1e-5, rtol=0)
-    again = encoders.load_clip(tmp_path / "merged")
+    again = clip_files.load_clip(tmp_path / "merged")
     assert again.preprocess == clip.preprocess
     base = AutoModel.from_pretrained(folders[kind]).eval()
     wrapped = PeftModel.from_pretrained(base, tmp_path / "adapter").base_model.model
@@ -173,17 +173,17 @@ def test_an_adapter_is_merged_and_loaded_elsewhere(
 
 
 def test_projection_alone(folders: dict[str, Path]):
-    tower = tuning.unfreeze_projection(encoders.load_clip(folders["clip"]))
+    tower = tuning.unfreeze_projection(clip_files.load_clip(folders["clip"]))
     assert [name for name, each in tower.named_parameters() if each.requires_grad] == [
         "visual.visual_projection.weight"
     ]
     with pytest.raises(UsageError, match="has no projection"):
-        tuning.unfreeze_projection(encoders.load_clip(folders["dinov2"]))
+        tuning.unfreeze_projection(clip_files.load_clip(folders["dinov2"]))
 
 
 def test_the_text_tower_of_siglip_is_trained(folders: dict[str, Path]):
     """By its own loss, bias included. Its inverse temperature is a vector of one number; what is logged is a number."""
-    clip = encoders.load_clip(folders["siglip"])
+    clip = clip_files.load_clip(folders["siglip"])
     pairs = pairs_of(("a red ball", "a tree on snow"), labels=(-1, -1), names=())
     assert pairs.real is not None
     images = torch.nn.functional.normalize(torch.randn(2, clip.dim, generator=torch.Generator().manual_seed(3)), dim=1)
@@ -251,12 +251,12 @@ def test_other_models_are_refused_by_name(folders: dict[str, Path], tmp_path: Pa
     processor = (folders["vit"] / "preprocessor_config.json").read_text()
     (tmp_path / "bert" / "preprocessor_config.json").write_text(processor)
     with pytest.raises(InputError, match=r"has no model\.safetensors"):
-        encoders.load_clip(tmp_path / "bert")
+        clip_files.load_clip(tmp_path / "bert")
     (tmp_path / "bert" / "model.safetensors").write_bytes((folders["vit"] / "model.safetensors").read_bytes())
     with pytest.raises(UsageError, match="of type 'bert'"):
-        encoders.load_clip(tmp_path / "bert")
+        clip_files.load_clip(tmp_path / "bert")
     odd = {**json.loads(processor), "size": {"height": 32, "width": 40}}
     target = _write("vit", tmp_path / "odd")
     (target / "preprocessor_config.json").write_text(json.dumps(odd))
     with pytest.raises(InputError, match="is no square"):
-        encoders.load_clip(target)
+        clip_files.load_clip(target)

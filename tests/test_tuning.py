@@ -10,19 +10,19 @@ import pytest
 import torch
 from small_clips import RESNET, TEXT, TEXTS, VIT
 
-from gmail_cli.components import encoders, tuning
+from gmail_cli.components import clip_files, tuning
 from gmail_cli.components.encoders import Clip
 from gmail_cli.errors import InputError, UsageError
 
 
 @pytest.fixture(scope="module")
 def vit() -> Clip:
-    return encoders.build_clip(VIT, name="vit")
+    return clip_files.build_clip(VIT, name="vit")
 
 
 @pytest.fixture(scope="module")
 def resnet() -> Clip:
-    clip = encoders.build_clip(RESNET, name="resnet")
+    clip = clip_files.build_clip(RESNET, name="resnet")
     for name, parameter in clip.model.visual.named_parameters():
         if name.endswith("bn3.weight"):  # open_clip starts them at zero, which would hide what lies before
             parameter.data.fill_(1.0)
@@ -69,11 +69,11 @@ def test_adapter_round_trip(
 
     merged = tuning.merge(clip, tower)
     torch.testing.assert_close(merged.encode_images(pixels), tuned, atol=1e-5, rtol=0)
-    encoders.save_clip(merged, tmp_path / "clip")
+    clip_files.save_clip(merged, tmp_path / "clip")
     plain = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}").eval()
     with torch.no_grad():
         torch.testing.assert_close(plain.encode_image(pixels, normalize=True), tuned, atol=1e-5, rtol=0)
-    assert merged.digest == encoders.model_digest(tmp_path / "clip") != clip.digest
+    assert merged.digest == clip_files.model_digest(tmp_path / "clip") != clip.digest
     assert torch.equal(merged.encode_texts(TEXTS), clip.encode_texts(TEXTS))
 
 
@@ -118,7 +118,7 @@ def test_timm_towers(name: str, tmp_path: Path):
         },
         "preprocess_cfg": {},
     }
-    clip = encoders.build_clip(config, name=name)
+    clip = clip_files.build_clip(config, name=name)
     for path, parameter in clip.model.visual.named_parameters():
         if path.endswith("gamma"):  # layer scales start near zero, which would hide what lies before
             parameter.data.fill_(1.0)

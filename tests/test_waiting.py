@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_train import World
+from small_training import World
 from torch import distributed
 
 from gmail_cli import plan

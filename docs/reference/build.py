@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 
 from gmail_cli import profile as profiles
 from gmail_cli.cli import app
+from gmail_cli.profile.generation import Generate, Generator, Rewrite
+from gmail_cli.profile.schema import SECTIONS, Profile
+from gmail_cli.profile.values import Section
 
 HERE = Path(__file__).parent
 
@@ -21,28 +24,28 @@ def profile_page() -> str:
     lines = [
         "# Profile reference",
         "",
-        "Generated from the field docstrings in `gmail_cli/profile.py`; `gmail profile schema` prints the same as JSON",
+        "Generated from the field docstrings in `gmail_cli/profile/`; `gmail profile schema` prints the same as JSON",
         "schema. Order of precedence: default < profile file < `--set section.key=value`. `[runtime]` never changes a",
         "result and is left out of digests.",
         "",
-        *_section(profiles.Profile, "Top level"),
+        *_section(Profile, "Top level"),
     ]
-    for name in profiles.SECTIONS:
-        section = profiles.Profile.model_fields[name].annotation
+    for name in SECTIONS:
+        section = Profile.model_fields[name].annotation
         assert section is not None
         lines += _section(section, f"`[{name}]`")
-        if section is profiles.Generate:
-            lines += _section(profiles.Generator, "`[[generate.mix]]`")
-            lines += _section(profiles.Rewrite, "`[generate.rewrite]`")
+        if section is Generate:
+            lines += _section(Generator, "`[[generate.mix]]`")
+            lines += _section(Rewrite, "`[generate.rewrite]`")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(section: type[profiles.Section], title: str) -> list[str]:
+def _section(section: type[Section], title: str) -> list[str]:
     rows = [
         f"| `{key}` | {_type(field.annotation, field.metadata)} | `{_default(field.default)}` "
         f"| {_cell(field.description)} |"
         for key, field in section.model_fields.items()
-        if key not in profiles.SECTIONS or section is not profiles.Profile
+        if key not in SECTIONS or section is not Profile
     ]
     head = ["| key | type | default | |", "|---|---|---|---|"]
     return [f"## {title}", "", (section.__doc__ or "").strip().split("\n\n")[0], "", *(head + rows if rows else []), ""]
@@ -53,9 +56,9 @@ def _cell(text: str | None) -> str:
 
 
 def _default(value: object) -> str:
-    if value is None or value is PydanticUndefined or isinstance(value, profiles.Section):
+    if value is None or value is PydanticUndefined or isinstance(value, Section):
         return ""
-    return profiles._toml(value)
+    return profiles.toml(value)
 
 
 def _type(annotation: object, metadata: typing.Sequence[object] = ()) -> str:

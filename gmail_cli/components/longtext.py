@@ -22,7 +22,8 @@ from torch.nn import functional
 
 from gmail_cli.components import parallel, rotary
 from gmail_cli.components.arms import Arm
-from gmail_cli.components.encoders import Clip, build_clip, tensors_digest, text_features, text_features_by_length
+from gmail_cli.components.clip_files import build_clip, tensors_digest
+from gmail_cli.components.encoders import Clip, text_features, text_features_by_length
 from gmail_cli.components.loop import Job
 from gmail_cli.components.pairs import Pairs
 from gmail_cli.components.tasks import export_clip, image_text_loss, quick_attention

@@ -22,7 +22,8 @@ from torch.nn import functional
 
 from gmail_cli.components import parallel
 from gmail_cli.components.arms import Arm, Meeting
-from gmail_cli.components.encoders import Clip, save_clip, text_features, text_features_by_length
+from gmail_cli.components.clip_files import save_clip
+from gmail_cli.components.encoders import Clip, text_features, text_features_by_length
 from gmail_cli.components.heads import IGNORED, Captioner, Head, Probe, save_head
 from gmail_cli.components.loop import Job
 from gmail_cli.components.pairs import Pairs

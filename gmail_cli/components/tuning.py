@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gmail_cli.components.encoders import Clip, digest_in_memory
+from gmail_cli.components.clip_files import digest_in_memory
+from gmail_cli.components.encoders import Clip
 from gmail_cli.components.transformers_models import Visual
 from gmail_cli.errors import InputError, UsageError
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace
 from gmail_cli.components.captions import Dataset
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, settings
+from gmail_cli.profile import settings
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
 from gmail_cli.stages.features import Features
@@ -47,7 +48,7 @@ def plan_key(profile: Profile, *, generated: str) -> StageKey:
 
 def features(profile: Profile, *, generated: Artifact) -> list[Features]:
     """What `run` reads of f_r: its embeddings of the real images that can be partners, and of the generated images."""
-    from gmail_cli.components.encoders import model_digest
+    from gmail_cli.components.clip_files import model_digest
     from gmail_cli.components.images import GeneratedSet
 
     real, images = _read(profile), GeneratedSet.load(generated.path)
@@ -104,7 +105,7 @@ def _read(profile: Profile) -> Dataset:
 
 
 def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
-    from gmail_cli.components.encoders import model_digest
+    from gmail_cli.components.clip_files import model_digest
 
     align = profile.align
     objective = _objective(profile)
@@ -202,7 +203,7 @@ def _prepare(
     import numpy as np
     import torch
 
-    from gmail_cli.components import compilation, embedding, encoders
+    from gmail_cli.components import clip_files, compilation, embedding, encoders
     from gmail_cli.components import partners as partnership
     from gmail_cli.components.images import GeneratedSet
     from gmail_cli.components.partners import GeneratedFrom
@@ -215,7 +216,7 @@ def _prepare(
     encoders.require_precision("align.precision", align.precision, device=device)
     if align.compile:
         compilation.require_compiler("align.compile", device=device)
-    clip = encoders.load_clip(
+    clip = clip_files.load_clip(
         profile.model.clip,
         revision=profile.model.revision,
         device=device,
@@ -509,12 +510,12 @@ def _text_scale(clip: Clip) -> float:
 
 def _finish(profile: Profile, slot: Slot, work: _Work, tower: TunedTower) -> dict[str, Any]:
     """Write the models and the validation; the summary."""
-    from gmail_cli.components import encoders, tuning
+    from gmail_cli.components import clip_files, tuning
 
     merged = tuning.merge(work.clip, tower, name=f"{work.clip.name} aligned")
     if tower.adapter is not None:
         slot.write_folder("adapter", lambda folder: tuning.save_adapter(tower, folder, base=work.clip.name))
-    slot.write_folder("clip", lambda folder: encoders.save_clip(merged, folder))
+    slot.write_folder("clip", lambda folder: clip_files.save_clip(merged, folder))
     validation = _validate(profile, work, merged)
     slot.write_json("validation.json", validation)
     whole = sum(parameter.numel() for parameter in work.clip.model.visual.parameters())

@@ -19,7 +19,8 @@ from gmail_cli.components import search as vectors
 from gmail_cli.components.search import Limits, VectorIndex
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, settings
+from gmail_cli.profile import settings
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import sources
 from gmail_cli.stages.sources import INDEX
 

@@ -225,7 +225,8 @@ class Searcher:
         return self._clip(str(Path(artifact.folder("clip"))), revision="")
 
     def _clip(self, ref: str, *, revision: str) -> Clip:
-        from gmail_cli.components.encoders import load_clip, pick_device
+        from gmail_cli.components.clip_files import load_clip
+        from gmail_cli.components.encoders import pick_device
 
         if ref not in self._clips:
             self._clips[ref] = load_clip(ref, revision=revision, device=pick_device(self._device))

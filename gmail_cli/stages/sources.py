@@ -12,7 +12,8 @@ from gmail_cli.components.captions import Dataset
 from gmail_cli.components.search import VectorIndex
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, settings
+from gmail_cli.profile import settings
+from gmail_cli.profile.schema import Profile
 
 INDEX = "index.json"
 TEST_IMAGES = "test-images"

@@ -25,8 +25,9 @@ from jaxtyping import Float, UInt8
 from gmail_cli import plan, profile
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import diffusion, generative, pipelines, scenes
+from gmail_cli.components.clip_files import WEIGHTS_FILE, load_clip
 from gmail_cli.components.embedding import embed_texts
-from gmail_cli.components.encoders import WEIGHTS_FILE, Clip, load_clip
+from gmail_cli.components.encoders import Clip
 from gmail_cli.components.metrics import classification, retrieval
 
 TEST_SCENES = 1000

@@ -144,13 +144,30 @@ def show(metric: str, value: float | None, *, signed: bool = False) -> str:
     """A value of a metric as text: three decimals for the gap, otherwise one, with a proper minus sign."""
     if value is None:
         return "–"
-    digits = 3 if metric in _AS_THEY_ARE else 1
-    return f"{scale(metric) * value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return f"{scale(metric) * value:{'+' if signed else ''}.{_digits(metric)}f}".replace("-", "−")
+
+
+def _digits(metric: str) -> int:
+    return 3 if metric in _AS_THEY_ARE else 1
 
 
 def interval(metric: str, low: float, high: float, *, signed: bool = False) -> str:
     """``1.2 to 3.4`` in the unit the metric is shown in."""
     return f"{show(metric, low, signed=signed)} to {show(metric, high, signed=signed)}"
+
+
+def side_of(difference: float) -> str:
+    """On which side of what it is compared with a value lies: ``above``, ``below`` or ``equal``."""
+    return "equal" if round(difference, 12) == 0 else "above" if difference > 0 else "below"
+
+
+def beside(metric: str, difference: float, other: str) -> str:
+    """Where a value stands beside another: ``1.2 points above no training``, ``equal to no training``."""
+    if side_of(difference) == "equal":
+        return f"equal to {other}"
+    points, digits = scale(metric) * abs(difference), _digits(metric)
+    shown = f"{points:.{digits}f}" if round(points, digits) else f"less than {10**-digits}"
+    return f"{shown} points {side_of(difference)} {other}"
 
 
 def arm_rank(arm: str) -> int:

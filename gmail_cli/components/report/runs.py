@@ -69,8 +69,7 @@ def _findings(document: Mapping[str, Any]) -> list[tuple[Outcome, str]]:
     for row in document["comparisons"]:
         metric, outcome = row["metric"], _outcome(row, document)
         if outcome != "unclear":
-            side = "above" if row["difference"] > 0 else "below"
-            value = f"{names.show(metric, abs(row['difference']))} points {side} {row['baseline']}"
+            value = names.beside(metric, row["difference"], row["baseline"])
             sure = f"{names.interval(metric, row['low'], row['high'], signed=True)}; p = {row['p_value']:.2g}"
             found.append((outcome, f"{row['run']}, {row['model']}: {names.metric_label(metric)} is {value} ({sure})"))
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gmail_cli.components.gate import lower_is_better
-from gmail_cli.components.report.names import interval, metric_label, show, task_label, task_title
+from gmail_cli.components.report.names import beside, interval, metric_label, show, side_of, task_label, task_title
 from gmail_cli.components.scores import headlines
 
 Outcome = Literal["better", "worse", "unclear"]
@@ -96,14 +96,14 @@ def _in_short(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def _finding(row: Mapping[str, Any], results: Mapping[str, Any]) -> Finding:
     metric, outcome = row["metric"], outcome_of(row)
-    side = "above" if row["difference"] > 0 else "below"
+    side = side_of(row["difference"])
     sure = f"{100 * results['confidence']:g} % interval {interval(metric, row['low'], row['high'], signed=True)}"
-    agree = sum(difference * row["difference"] > 0 for difference in row["by_seed"])
+    agree = sum(side_of(difference) == side for difference in row["by_seed"])
     doubt = "; no difference that these data can show" if outcome == "unclear" else ""
     return Finding(
         outcome,
         f"{task_title(row['task'])}{_dual(row)}: {metric_label(metric)} with aligned generated images is "
-        f"{show(metric, abs(row['difference']))} points {side} that with the same images taken as real "
+        f"{beside(metric, row['difference'], 'that with the same images taken as real')} "
         f"({sure}; {side} in {agree} of {_seeds(row)}){doubt}{_share(row, results)}{_beside_none(row, results)}.",
     )
 
@@ -141,10 +141,10 @@ def _beside_none(row: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     found = _untrained_row(row, results)
     if found is None:
         return ""
-    metric, side = row["metric"], "above" if found["difference"] > 0 else "below"
+    metric = row["metric"]
     sure = interval(metric, found["low"], found["high"], signed=True)
     doubt = ", no measurable difference" if outcome_of(found) == "unclear" else ""
-    return f"; it is {show(metric, abs(found['difference']))} points {side} no training ({sure}{doubt})"
+    return f"; it is {beside(metric, found['difference'], 'no training')} ({sure}{doubt})"
 
 
 def _without_arms(results: Mapping[str, Any]) -> str:

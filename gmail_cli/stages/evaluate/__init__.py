@@ -15,7 +15,8 @@ from gmail_cli.components import gate, report
 from gmail_cli.components import scores as scoring
 from gmail_cli.components.metrics.intervals import Bootstrap
 from gmail_cli.errors import InputError
-from gmail_cli.profile import Profile, require_file, settings
+from gmail_cli.profile import require_file, settings
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.evaluate.captioners import questions
 from gmail_cli.stages.evaluate.inputs import Inputs
 from gmail_cli.stages.evaluate.models import Measured, extra_positives

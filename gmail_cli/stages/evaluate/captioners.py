@@ -15,7 +15,8 @@ from gmail_cli.components.metrics.clipscore import PROMPT
 from gmail_cli.components.questions import QuestionSet, read_questions
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import GmailError, InputError, UsageError
-from gmail_cli.profile import Profile, require_file
+from gmail_cli.profile import require_file
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.evaluate.inputs import IMAGES, Inputs, Model
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _patches(given: Inputs, ids: list[str], *, grid: int) -> Any:
 
 def clip_scorer(given: Inputs) -> ClipScorer | None:
     """Scores captions by the CLIP that embedded the test images; None (and a note) where it is not at hand."""
-    from gmail_cli.components import encoders
+    from gmail_cli.components import clip_files, encoders
 
     if not given.profile.eval.clip_score:
         return None
@@ -155,10 +156,10 @@ def clip_scorer(given: Inputs) -> ClipScorer | None:
     name, chosen = model["clip"], {"revision": model["revision"], "seed": seed}
     images = given.tables[IMAGES]
     try:
-        if encoders.model_digest(name, **chosen) != images.header.encoder_digest:
+        if clip_files.model_digest(name, **chosen) != images.header.encoder_digest:
             raise InputError(f"the test images did not go through {name} as it is now")
         device = encoders.pick_device(given.profile.runtime.device)
-        clip = encoders.load_clip(name, device=device, **chosen)
+        clip = clip_files.load_clip(name, device=device, **chosen)
         if not clip.reads_texts:
             raise InputError(f"{name} has no text tower")
     except GmailError as error:

@@ -13,7 +13,7 @@ from gmail_cli.components.captions import Dataset, check_disjoint
 from gmail_cli.components.images import GeneratedSet
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import GmailError, InputError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import sources
 
 IMAGES, TEXTS, CLASSES, TRAIN_IMAGES = "test-images", "test-texts", "test-classes", "train-images"
@@ -180,7 +180,8 @@ class Inputs:
     @functools.cached_property
     def encoder(self) -> Any:
         """The encoder that the test images were embedded with."""
-        from gmail_cli.components.encoders import load_clip, model_digest, pick_device
+        from gmail_cli.components.clip_files import load_clip, model_digest
+        from gmail_cli.components.encoders import pick_device
 
         wanted = self.tables[IMAGES].header.encoder_digest
         named = self.origins["model"]

@@ -19,7 +19,7 @@ from gmail_cli.components.metrics.retrieval import RetrievalRanks
 from gmail_cli.components.scores import Cell
 from gmail_cli.components.tables import Table
 from gmail_cli.errors import InputError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.evaluate import captioners
 from gmail_cli.stages.evaluate.inputs import CLASSES, IMAGES, TEXTS, TRAIN_IMAGES, Inputs, Model
 

@@ -10,7 +10,7 @@ another.
 from __future__ import annotations
 
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import sources
 from gmail_cli.stages.generate.choosing import afterwards, checker_of, chosen_key, filtered, scored, scored_key
 from gmail_cli.stages.generate.drawing import Progress, Work

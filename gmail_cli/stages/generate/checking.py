@@ -10,7 +10,8 @@ from typing import NamedTuple
 from gmail_cli.artifacts import Artifact
 from gmail_cli.components import diffusion
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Generate, Profile
+from gmail_cli.profile.generation import Generate
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work, encode, load_sampler
 from gmail_cli.stages.generate.mixing import Mixture
 from gmail_cli.stages.generate.planning import (

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from gmail_cli.artifacts import Artifact, Slot, StageKey, Workspace, canonical_json, folder_digest
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Generate, Profile
+from gmail_cli.profile.generation import Generate
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features, sources
 from gmail_cli.stages.generate.drawing import RECORDS, Progress
 from gmail_cli.stages.generate.planning import Record, limit_of
@@ -44,7 +45,7 @@ def afterwards(profile: Profile, workspace: Workspace, made: Artifact, *, progre
 
 
 def scored_key(profile: Profile, drawn: StageKey) -> StageKey:
-    from gmail_cli.components.encoders import model_digest
+    from gmail_cli.components.clip_files import model_digest
 
     clip = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     inputs = {**drawn.inputs, "drawn": drawn.digest}
@@ -110,7 +111,7 @@ def partners(profile: Profile) -> Dataset | None:
 
 
 def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress: Progress | None) -> Artifact:
-    from gmail_cli.components import encoders, quality
+    from gmail_cli.components import clip_files, encoders, quality
     from gmail_cli.components.images import GeneratedSet
 
     with workspace.open(scored_key(profile, _key_in(drawn))) as slot:
@@ -133,7 +134,7 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
             log = slot.log(f"scores/{part.start:09d}")
             with log.claim() as mine:
                 if mine:
-                    clip = clip or encoders.load_clip(
+                    clip = clip or clip_files.load_clip(
                         profile.model.clip, revision=profile.model.revision, device=device, seed=profile.seed
                     )
                     if real is not None and held is None:

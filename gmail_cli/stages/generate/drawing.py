@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gmail_cli.artifacts import Artifact, RowLog, Slot, Waiting, Workspace
 from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.planning import (
     Jobs,
     Plan,

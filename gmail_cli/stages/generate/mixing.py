@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, canonical_json
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.choosing import adopt_all
 from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work
 from gmail_cli.stages.generate.planning import Part, Planned, Record, generators, planned_images, read

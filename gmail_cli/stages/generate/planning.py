@@ -13,7 +13,10 @@ from gmail_cli.artifacts import StageKey, canonical_json, digest_of_list, file_s
 from gmail_cli.components import captions as reader
 from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import TEMPLATE_SETS, Generate, Profile, settings
+from gmail_cli.profile import settings
+from gmail_cli.profile.generation import Generate
+from gmail_cli.profile.schema import Profile
+from gmail_cli.profile.values import TEMPLATE_SETS
 from gmail_cli.stages import sources
 
 if TYPE_CHECKING:

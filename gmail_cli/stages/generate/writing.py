@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from gmail_cli.artifacts import RowLog, Slot
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.planning import Plan, Record, device_of
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from gmail_cli.artifacts import Artifact, Checkpoints, Slot, StageKey, Workspace, file_sha256, folder_digest
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import Profile, require_file, settings
+from gmail_cli.profile import require_file, settings
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import sources
 from gmail_cli.stages.features import Features
 from gmail_cli.stages.train.material import Inputs, device_of, features_of, material_of, read
@@ -172,7 +173,7 @@ def _key(
     if "clip" in tasks and train.architecture:
         chosen["architecture"] = architecture(train.architecture)
     if any(TASKS[task].needs_clip for task in tasks if task != "clip" or not train.architecture):
-        from gmail_cli.components.encoders import model_digest
+        from gmail_cli.components.clip_files import model_digest
 
         models["clip"] = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     if "latent-diffusion" in tasks:

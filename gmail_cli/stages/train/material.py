@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gmail_cli.artifacts import Artifact, Slot, Workspace
 from gmail_cli.errors import UsageError
-from gmail_cli.profile import Profile
+from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features as frozen
 from gmail_cli.stages import sources
 from gmail_cli.stages.features import Features
@@ -68,7 +68,8 @@ def material_of(
 ) -> Material:
     """What is trained on; without a workspace and a slot only to ask which images it has."""
     from gmail_cli.components.arms import Material
-    from gmail_cli.components.encoders import Clip, describe_device, load_clip
+    from gmail_cli.components.clip_files import load_clip
+    from gmail_cli.components.encoders import Clip, describe_device
     from gmail_cli.components.images import GeneratedSet
 
     def f_g() -> Clip:
@@ -105,7 +106,7 @@ def material_of(
 
 def features_of(profile: Profile, view: ViewName, images: Sequence[str], *, aligned: Artifact | None) -> Features:
     """What names the embeddings of the images that a view shows."""
-    from gmail_cli.components.encoders import model_digest
+    from gmail_cli.components.clip_files import model_digest
 
     name, what = profile.model.clip, "real images" if view == "real" else "generated images"
     if view != "aligned":

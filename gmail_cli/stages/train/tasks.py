@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gmail_cli.errors import InputError, UsageError
-from gmail_cli.profile import ArmName, Profile, TaskName
+from gmail_cli.profile.schema import ArmName, Profile, TaskName
 from gmail_cli.shipped import profile_folder
 from gmail_cli.stages.train.material import Inputs
 
@@ -109,7 +109,7 @@ def _long_clip(inputs: Inputs, cell: Cell) -> Job:
 
 
 def _clip(inputs: Inputs, cell: Cell) -> Job:
-    from gmail_cli.components.encoders import build_clip
+    from gmail_cli.components.clip_files import build_clip
     from gmail_cli.components.loop import seed_from
     from gmail_cli.components.tasks import clip_job
 

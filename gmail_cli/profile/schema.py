@@ -1,52 +1,27 @@
-"""Profiles: TOML in, a frozen, typed, strict :class:`Profile` out.
+"""Every section of a profile and its keys; the docstring under each field is its reference.
 
-Order: field default < profile file < ``--set section.key=value``. No environment variable changes a result. The
-docstring under each field is its reference (``docs/reference/profile.md`` is generated from it). ``[runtime]`` never
-enters an artifact's digest: it may not change a result.
+`docs/reference/profile.md` is generated from them. `[generate]` is in `generation.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
-import re
-import sys
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from gmail_cli import shipped
-from gmail_cli.errors import InputError, UsageError
+from gmail_cli.profile.generation import Generate
+from gmail_cli.profile.values import (
+    TEMPLATE_SETS,
+    Count,
+    Fraction,
+    Limit,
+    Listed,
+    NonNegative,
+    Positive,
+    Section,
+    Strings,
+)
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-DEFAULT_PROFILE = "tiny"
-LOCAL_PROFILE = Path("gmail.toml")
-TEMPLATE_SETS = ("openai-imagenet", "simple-imagenet")
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _one_or_more(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else _tuple(value)
-
-
-Strings = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
-Integers = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
-Floats = Annotated[tuple[float, ...], BeforeValidator(_tuple)]
-Count = Annotated[int, Field(ge=1)]
-Limit = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
 TaskName = Literal[
     "clip-text",
     "long-clip",
@@ -63,14 +38,6 @@ TaskName = Literal[
 ArmName = Literal["none", "texts", "real", "generated-naive", "generated-aligned", "mixed"]
 IndexKind = Literal["auto", "flat", "hnsw", "ivf-flat", "ivf-sq8", "ivf-pq", "ivf-pq-fastscan", "ivf-opq", "ivf-rabitq"]
 StageName = Literal["generate", "align", "train", "embed", "index", "eval"]
-
-
-class Section(BaseModel):
-    """One TOML table: frozen, unknown keys forbidden, no silent conversion of types."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Data(Section):
@@ -131,223 +98,6 @@ class Model(Section):
     and ViT as towers of images alone), `hf-hub:owner/name` of either, or `ARCH/pretrained-tag`."""
     revision: str = ""
     """Commit of a hub model; empty takes the newest and records which it was."""
-
-
-Scheduler = Literal[
-    "default",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-]
-Number = Literal["float32", "float16", "bfloat16"]
-Templates = Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)]
-
-
-class Generator(Section):
-    """One of several generators of a set, `[[generate.mix]]`; what it does not say is as in `[generate]`."""
-
-    name: Annotated[str, Field(min_length=1)]
-    """What each record of its images says under `generator`; no two may be called the same."""
-    share: Positive = 1.0
-    """Its part of the images, in proportion to the others'. Which generator draws an image depends on `seed`, the
-    caption and k alone."""
-    model: str | None = None
-    """As `generate.model`."""
-    revision: str | None = None
-    """As `generate.revision`."""
-    lora: str | None = None
-    """As `generate.lora`."""
-    lora_scale: NonNegative | None = None
-    """As `generate.lora_scale`."""
-    dtype: Number | None = None
-    """As `generate.dtype`."""
-    scheduler: Scheduler | None = None
-    """As `generate.scheduler`."""
-    steps: Count | None = None
-    """As `generate.steps`."""
-    guidance: NonNegative | None = None
-    """As `generate.guidance`."""
-    strength: Fraction | None = None
-    """As `generate.strength`."""
-    prompt_template: Templates | None = None
-    """As `generate.prompt_template`."""
-    negative_prompt: str | None = None
-    """As `generate.negative_prompt`."""
-    prompt_windows: Count | None = None
-    """As `generate.prompt_windows`."""
-    height: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
-    """As `generate.height`."""
-    width: Annotated[int, Field(ge=0, multiple_of=8)] | None = None
-    """As `generate.width`."""
-    batch_size: Count | None = None
-    """As `generate.batch_size`."""
-
-
-class Rewrite(Section):
-    """Prompts that a local language model writes from the captions, `[generate.rewrite]` (language enhancement)."""
-
-    lm: str = ""
-    """Causal language model that writes them: `tiny` (shipped), a folder in transformers format, or a hub id. Empty:
-    captions stay as they are. The caption of each record stays in any case; what was written is beside it."""
-    revision: str = ""
-    """Commit of a hub model; required for one, so that the artifact says which weights wrote."""
-    instruction: str = "Rewrite this caption of a photo as one detailed sentence about what can be seen: {}"
-    """What it is told, `{}` standing for the caption: as a user's turn where its tokenizer has a chat template; else it
-    goes on from there to the end of the line."""
-    max_tokens: Count = 64
-    """Most tokens it writes; a sentence that is cut off is left out. CLIP's text towers read 77 in all."""
-    temperature: NonNegative = 0.0
-    """0 takes the likeliest token each time; above, one of the 50 likeliest is drawn."""
-    per_image: bool = False
-    """Write a prompt for each of the k images of a caption, instead of one for all; needs `temperature` above 0."""
-    batch_size: Count = 16
-    """Prompts written at once. Part of the artifact's identity, as `generate.batch_size` is."""
-    dtype: Number = "float32"
-    """Number format of its weights; a CPU wants `float32`."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Rewrite:
-        if self.instruction.count("{}") != 1:
-            raise ValueError(f"instruction {self.instruction!r} must hold {{}} once, for the caption")
-        if self.per_image and not self.temperature:
-            raise ValueError("per_image has no effect at temperature = 0, where all prompts of a caption are equal")
-        return self
-
-
-class Generate(Section):
-    """Images from captions (the paper: Stable Diffusion v2, 50 steps, one image per caption)."""
-
-    source: Literal["pipeline", "import"] = "pipeline"
-    """`pipeline` draws images with `model`; `import` takes finished ones from `import_path`, byte for byte."""
-    import_path: str = ""
-    """`import`: the images made elsewhere, with their captions: a folder, tar, Parquet or captions file."""
-    name: str = ""
-    """Name of the generator, written into every record. Empty: the model's name, or `import`."""
-    limit: Limit = 0
-    """Use the first N image records with all their captions; 0 uses all."""
-    captions_per_image: Limit = 0
-    """Use the first N captions of each image record; 0 uses all. (`import` records the first one.)"""
-    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
-    """Kinds of captions to use."""
-    per_caption: Count = 1
-    """Images per caption: 20 image records of 5 captions give 500 images at `per_caption = 5`."""
-    model: str = "tiny"
-    """Text-to-image pipeline: `tiny` (shipped), a folder in diffusers format, or a hub id."""
-    revision: str = ""
-    """Commit of a hub model; required for one, so that the artifact says which weights drew it."""
-    lora: str = ""
-    """LoRA weights to add to `model`: a `.safetensors` file that `pipeline.save_lora_weights` wrote."""
-    lora_scale: NonNegative = 1.0
-    """Factor of their update."""
-    mix: Annotated[tuple[Generator, ...], BeforeValidator(_tuple)] = ()
-    """Several generators that share the images, a `[[generate.mix]]` table each: `name`, `share`, and what differs from
-    `[generate]`. Empty: one generator, as `[generate]` says."""
-    dtype: Number = "float32"
-    """Number format of the pipeline; a CPU wants `float32`."""
-    scheduler: Scheduler = "default"
-    """Sampler: `default` keeps the pipeline's own; another must suit it."""
-    steps: Count = 50
-    """Denoising steps."""
-    guidance: NonNegative = 7.5
-    """Classifier-free guidance scale; 1 or less turns guidance off, as turbo and LCM models want it."""
-    strength: Fraction = 0.0
-    """0 draws from noise alone. Above 0 an image begins as the real image that its caption describes, with that share
-    of the noise on it (GenView): little leaves it much as it is, 1 covers it. Runs that share of `steps`."""
-    prompt_template: Templates = ("{caption}",)
-    """What the pipeline is told; `{caption}` stands for the caption, `{label}` for the class of its image. Of several
-    the images of a caption take one after another: k = 0 the first. A set of open_clip can be named
-    (`openai-imagenet`: CLIP's 80 templates of class names, `simple-imagenet`: 7). With `rewrite` `{caption}` is what
-    was written and `{original}` the caption."""
-    rewrite: Rewrite = Rewrite()
-    """Have a language model write the prompts, see below."""
-    negative_prompt: str = ""
-    """What guidance leads away from; needs `guidance` above 1."""
-    prompt_windows: Count = 1
-    """Windows of CLIP's text encoder (75 tokens each) that a prompt may fill, for Stable Diffusion 1, 2 and SDXL: a
-    longer one is split, where a sentence, clause or word ends, and cut after the last window. 1 cuts it after the
-    first, as diffusers does. Pipelines that read prompts by T5 or Gemma want 1."""
-    height: Annotated[int, Field(ge=0, multiple_of=8)] = 0
-    """Pixels; 0 takes the pipeline's own. Set `width` too."""
-    width: Annotated[int, Field(ge=0, multiple_of=8)] = 0
-    """Pixels; 0 takes the pipeline's own. Set `height` too."""
-    batch_size: Count = 8
-    """Images drawn at once. Part of the artifact's identity: another batch size moves pixels in the last bits."""
-    compile: bool = False
-    """Compile the blocks that the denoiser repeats by `torch.compile` at the first batch, for sets that are large
-    enough to make up for the minutes it takes. Part of the artifact's identity: it moves pixels in the last bits. Needs
-    a C++ compiler (and Triton, on a GPU)."""
-    format: Literal["png", "jpg", "webp"] = "png"
-    """File format; `png` is lossless."""
-    quality: Annotated[int, Field(ge=1, le=100)] = 95
-    """Quality of `jpg` and `webp`."""
-    score: bool = False
-    """Score each image by `model.clip`: `clip_score` to its caption, `twin_similarity` to the most alike image of its
-    caption, `partner_similarity` to its real image, `copy_similarity` to the most alike real image (`copy_of`); and its
-    `contrast` and `detail`. Fields of its record; and `report.html`."""
-    min_clip_score: NonNegative = 0.0
-    """Keep images with this CLIPScore (2.5 times the cosine with their caption) or more; 0 keeps all. Scores them."""
-    keep_best: Limit = 0
-    """Keep the N images of each caption with the highest CLIPScore; 0 keeps all. Scores them."""
-    safety_checker: str = ""
-    """Say how unsafe each image is (`unsafe`, 0 to 1), by Stable Diffusion's safety checker or an image classifier: a
-    folder in transformers format or a hub id. Empty: none. Scores the images too."""
-    safety_revision: str = ""
-    """Commit of a hub `safety_checker`; required for one."""
-    unsafe_label: str = ""
-    """Class of the classifier that means unsafe, such as `nsfw`; empty for Stable Diffusion's safety checker."""
-    max_unsafe: Fraction = 1.0
-    """Keep images that are at most so unsafe; 1 keeps all."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Generate:
-        for template in self.prompt_template:
-            if "{caption}" not in template and "{label}" not in template and template not in TEMPLATE_SETS:
-                sets = ", ".join(TEMPLATE_SETS)
-                raise ValueError(f"prompt_template {template!r} lacks {{caption}} and {{label}} and is none of {sets}")
-            if unknown := set(re.findall(r"\{\w*\}", template)) - {"{caption}", "{original}", "{label}"}:
-                known = "{caption}, {original} and {label}"
-                raise ValueError(f"prompt_template {template!r} has {min(unknown)}, which is none of {known}")
-        if self.negative_prompt and self.guidance <= 1:
-            raise ValueError(f"negative_prompt has no effect at guidance = {self.guidance}: raise it above 1")
-        if not self.safety_checker and (self.unsafe_label or self.max_unsafe < 1):
-            raise ValueError(
-                f"max_unsafe = {self.max_unsafe} and unsafe_label = {self.unsafe_label!r} have no effect without "
-                "safety_checker: name one"
-            )
-        if self.source == "pipeline" and self.keep_best > self.per_caption:
-            raise ValueError(
-                f"keep_best = {self.keep_best} of per_caption = {self.per_caption}: it must be at most that"
-            )
-        if bool(self.height) != bool(self.width):
-            raise ValueError(f"height = {self.height} and width = {self.width}: set both or neither")
-        if (self.source == "import") != bool(self.import_path):
-            raise ValueError('source = "import" and import_path = "..." go together: set both or neither')
-        if self.rewrite.lm and self.source == "import":
-            raise ValueError('rewrite.lm writes prompts and source = "import" draws nothing: set one of them')
-        if self.rewrite.lm and not any("{caption}" in template for template in self.prompt_template):
-            raise ValueError("rewrite.lm has no effect: no prompt_template holds {caption}")
-        if self.source == "import" and self.mix:
-            raise ValueError('mix names generators and source = "import" draws nothing: set one of them')
-        names = [each.name for each in self.mix]
-        if len(set(names)) < len(names):
-            raise ValueError(f"mix names a generator twice: {', '.join(names)}")
-        for each in self.mix:
-            self.with_generator(each)
-        return self
-
-    def with_generator(self, generator: Generator) -> Generate:
-        """These settings for one generator of ``mix`` alone."""
-        own = generator.model_dump(exclude={"share"}, exclude_none=True)
-        return Generate.model_validate(self.model_dump() | own | {"mix": ()})
 
 
 TERMS = ("eq1", "symmetric", "cosine", "siglip", "stablerep", "text", "real-text", "hycd", "rafa", "coral", "mmd")
@@ -425,11 +175,11 @@ class Align(Section):
 class Train(Section):
     """Downstream models trained on real or generated images, at equal steps (paper, Algorithm 1)."""
 
-    tasks: Annotated[tuple[TaskName, ...], BeforeValidator(_tuple), Field(min_length=1)] = ("clip-text",)
+    tasks: Annotated[tuple[TaskName, ...], Listed, Field(min_length=1)] = ("clip-text",)
     """What to train: a text tower, one for long captions, a whole CLIP, a captioner, one that reads retrieved captions,
     a linear map to a language model (fitted without steps), a LLaVA-style model, a class probe; or the parts of a
     small generator."""
-    arms: Annotated[tuple[ArmName, ...], BeforeValidator(_tuple), Field(min_length=1)] = (
+    arms: Annotated[tuple[ArmName, ...], Listed, Field(min_length=1)] = (
         "none",
         "real",
         "generated-naive",
@@ -437,9 +187,9 @@ class Train(Section):
     )
     """Images to train on: none; real through f_r; generated through f_r (naive) or f_g (aligned); real and aligned; or,
     for `clipcap` and `ifcap`, the captions' own text embeddings in place of images (`texts`)."""
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_tuple), Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[int, ...], Listed, Field(min_length=1)] = (0,)
     """Seeds of initial weights and data order; one cell for each. Arm `none` has one cell, for the first seed."""
-    kinds: Annotated[tuple[Literal["short", "long"], ...], BeforeValidator(_tuple), Field(min_length=1)] = ("short",)
+    kinds: Annotated[tuple[Literal["short", "long"], ...], Listed, Field(min_length=1)] = ("short",)
     """Kinds of captions to train on."""
     steps: Count = 1000
     """Optimiser steps of every cell."""
@@ -626,11 +376,11 @@ class Index(Section):
 class Eval(Section):
     """Metrics, intervals, comparisons and the report."""
 
-    recall_at: Annotated[tuple[Count, ...], BeforeValidator(_tuple), Field(min_length=1)] = (1, 5, 10)
+    recall_at: Annotated[tuple[Count, ...], Listed, Field(min_length=1)] = (1, 5, 10)
     """The k of recall@k."""
     true_recall: bool = False
     """Also report the share of all correct items among the first k, beside whether any is."""
-    extra_positives: Annotated[tuple[str, ...], BeforeValidator(_tuple), Field(max_length=2)] = ()
+    extra_positives: Annotated[tuple[str, ...], Listed, Field(max_length=2)] = ()
     """JSON files of all right answers, as ECCV Caption and CxC have them: id of a caption -> ids of the images that it
     describes, then id of an image -> ids of the captions that describe it. Adds recalls, mAP@R and R-precision over the
     captions, and the images, that they name."""
@@ -684,7 +434,7 @@ class Runtime(Section):
     sharding: Literal["none", "full"] = "none"
     """`llava` under `torchrun`: each process holds the whole language model, or (`full`: FSDP2, ZeRO's third stage) its
     share of the weights, gradients and moments, for models that no single GPU can hold."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_tuple)] = ()
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Listed] = ()
     """Programs that also receive the loss curves as they grow; each needs its package. `metrics.jsonl` is always
     written."""
     checkpoint_seconds: NonNegative = 30.0
@@ -698,7 +448,7 @@ class Profile(Section):
     """Name of the profile; also the name of the run when `--run` is not given."""
     summary: str = ""
     """One line: what it does, what it costs, what it should reach."""
-    stages: Annotated[tuple[StageName, ...], BeforeValidator(_tuple)] = (
+    stages: Annotated[tuple[StageName, ...], Listed] = (
         "generate",
         "align",
         "train",
@@ -725,181 +475,3 @@ SECTIONS = tuple(
     for name, field in Profile.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 )
-
-
-def locate(ref: str | None, *, named_by: str = "--profile", environment: Mapping[str, str] = os.environ) -> Path:
-    """The profile file that applies: ``--profile``, then ``GMAIL_PROFILE``, then ``./gmail.toml``, then ``tiny``.
-
-    Args:
-        ref: A shipped profile's name or a path; None when the user gave none.
-        named_by: The option or argument that named it, for the message.
-        environment: Where ``GMAIL_PROFILE`` is looked up.
-
-    Raises:
-        UsageError: No such profile; names the nearest shipped one.
-    """
-    source = named_by
-    if ref is None and environment.get("GMAIL_PROFILE"):
-        ref, source = environment["GMAIL_PROFILE"], "GMAIL_PROFILE"
-    if ref is None:
-        return LOCAL_PROFILE if LOCAL_PROFILE.is_file() else shipped.profiles()[DEFAULT_PROFILE]
-    known = shipped.profiles()
-    if ref in known:
-        return known[ref]
-    path = Path(ref)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise UsageError(f"{source}: {ref!r} is a folder, not a TOML file", hint="Name the profile's file in it.")
-    near = difflib.get_close_matches(ref, known, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    hint += f"Shipped: {', '.join(known)}; or give the path of a TOML file."
-    raise UsageError(f"{source}: no profile {ref!r}", hint=hint)
-
-
-def load(ref: str | Path | None = None, *, overrides: Iterable[str] = (), named_by: str = "--profile") -> Profile:
-    """Load a profile and apply ``section.key=value`` overrides.
-
-    Args:
-        ref: A shipped name, a path, or None for the default search order (:func:`locate`).
-        overrides: Texts as given to ``--set``; the value is TOML, or a bare string.
-        named_by: The option or argument that named ``ref``, for the message.
-
-    Raises:
-        UsageError: An unknown key, a value of the wrong type or out of range, or broken TOML.
-    """
-    path = ref if isinstance(ref, Path) else locate(ref, named_by=named_by)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"profile {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"profile {path} is not UTF-8 text: {error}") from error
-    return loads(text, overrides=overrides, origin=str(path), name=path.stem)
-
-
-def loads(text: str, *, overrides: Iterable[str] = (), origin: str = "profile", name: str = "custom") -> Profile:
-    """Like :func:`load`, from TOML text; ``origin`` names it in errors, ``name`` is the default of `name`."""
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        hint = "Correct that place; `gmail profile show tiny` prints a profile that loads."
-        raise UsageError(f"{origin} is not valid TOML: {error}", hint=hint) from error
-    values.setdefault("name", name)
-    typed = {_apply(values, override) for override in overrides}
-    return build(values, origin=origin, typed=typed)
-
-
-def build(values: Mapping[str, Any], *, origin: str = "profile", typed: Collection[str] = ()) -> Profile:
-    """Validate nested values into a :class:`Profile`.
-
-    Args:
-        values: What the TOML says.
-        origin: Where it stands, for the message.
-        typed: Keys that came from the command line, for the message.
-
-    Raises:
-        UsageError: Names each wrong key, its value, what is allowed and the nearest known key.
-    """
-    try:
-        return Profile.model_validate(values)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors()[:8]:
-            key = ".".join(map(str, item["loc"])) + "."
-            by_option = any(key.startswith(f"{each}.") or f"{each}.".startswith(key) for each in typed)
-            lines.append(f"{'--set' if by_option else origin}: {_explain(item)}")
-        raise UsageError("\n".join(lines)) from None
-
-
-def _apply(values: dict[str, Any], override: str) -> str:
-    """Set what one ``--set`` says; returns its key."""
-    key, equals, raw = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        hint = "Write --set section.key=value, such as --set align.lora_rank=8."
-        raise UsageError(f"--set {override!r} is not of the form key=value", hint=hint)
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    table = values
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise UsageError(f"--set {override!r}: {part!r} is not a section")
-    table[parts[-1]] = value
-    return ".".join(parts)
-
-
-def _explain(item: Any) -> str:
-    location = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _keys_at(item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known) or 'nothing'}"
-        return f"unknown key {location!r}{hint}"
-    shown = json.dumps(item["input"], default=str)
-    if location == "align.objective" and item["type"] == "string_pattern_mismatch":
-        return f"{location} = {shown[:200]}: give paper, recommended, or a sum of {', '.join(TERMS)}, as cosine+0.5*eq1"
-    return f"{location} = {shown[:200]}: {item['msg']}"
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Profile
-    for part in location:
-        if isinstance(part, int):  # a table of generate.mix
-            continue
-        if (model, part) == (Generate, "mix"):
-            model = Generator
-            continue
-        field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
-
-
-def dump(profile: Profile) -> str:
-    """The resolved profile as TOML; loading the text gives an equal profile."""
-    values = profile.model_dump()
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if key not in SECTIONS]
-    for section in SECTIONS:
-        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values[section].items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, dict):
-        pairs = (f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items() if each is not None)
-        return "{" + ", ".join(pairs) + "}"
-    raise TypeError(f"{value!r} has no TOML form")
-
-
-def settings(section: Section) -> dict[str, Any]:
-    """A section as JSON-able settings for a :class:`~gmail_cli.artifacts.StageKey`."""
-    return section.model_dump(mode="json")
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of a profile."""
-    return Profile.model_json_schema()
-
-
-def require_file(path: str, *, key: str) -> Path:
-    """The path a profile key names.
-
-    Raises:
-        InputError: It does not exist.
-    """
-    if not Path(path).exists():
-        raise InputError(f"{key} = {path!r} does not exist", hint=f"Set it with --set {key}=PATH.")
-    return Path(path)
