@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The small stand-ins of docs/reproduce.md that have no profile of their own, on the built-in world. Everything lies in
 # ./runs/tables and is reused. One part or all of them:
-#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip|questions]...
+#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip]...
 set -euo pipefail
 here=$(dirname "$0")
 common=(--profile tiny --run tables)
@@ -87,5 +87,5 @@ siglip() { # table 8
   )
 }
 
-[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip questions
+[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip
 for part in "$@"; do "$part"; done
