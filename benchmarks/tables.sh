@@ -61,8 +61,13 @@ other() { # table 3: other scenes by another camera
   tested other "$(towers)" --captions photos --set data.test_limit=0 --set 'data.protocol=""' --set embed.gap_count=0
 }
 
-tuned() { # section 3.2: real test images through f_g
+tuned() { # section 3.2: real test images through f_g, which in `both` learns to read them too
+  local both trained
   tested tuned "$(towers)" --aligned "$eq1" --set embed.real_encoder=tuned
+  both=$(gmail align "${common[@]}" --set align.objective=eq1+real-text)
+  trained=$(gmail train "${common[@]}" --aligned "$both" --task clip-text --arm none "${images[@]}")
+  tested both "$trained"
+  tested both-tuned "$trained" --aligned "$both" --set embed.real_encoder=tuned
 }
 
 generators() { # table 17: the same weights with other settings
