@@ -90,7 +90,7 @@ def artifacts_verify(
 ) -> None:
     """Check every byte against the manifests (all artifacts of the run, or of all runs, when none is named).
 
-    With --regenerate, generate.model (of --profile or --set) must be the pipeline that drew the images.
+    --regenerate draws as the artifact says; where its pipeline moved, say --set generate.model=FOLDER.
     """
     from gmail_cli.artifacts import Artifact
 

@@ -19,6 +19,7 @@ from gmail_cli.components.metrics.intervals import Bootstrap, paired_difference
 from gmail_cli.components.report import names
 from gmail_cli.components.scores import Cell, Scores
 from gmail_cli.errors import InputError, UsageError
+from gmail_cli.stages import compare
 
 IMAGES = 60
 
@@ -198,6 +199,28 @@ def test_the_command_finds_runs_by_name_folder_and_artifact(tmp_path: Path) -> N
     again = write(tmp_path / "runs", "second", 0.8)
     both = json.loads(gmail("compare", str(path), str(again), "--json", cwd=tmp_path).stdout)
     assert [row["label"] for row in both["runs"]] == [f"second/{each.name[:6]}" for each in (path, again)]
+
+
+def test_a_folder_that_is_called_like_a_run_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [str(write(Path("runs"), run, correct)) for run, correct in (("first", 0.5), ("second", 0.7))]
+
+    def compared(*runs: str) -> list[str]:
+        return [each["path"] for each in compare.run(runs, root=Path("runs"), bootstrap=Bootstrap(draws=100))["runs"]]
+
+    Path("second", "notes").mkdir(parents=True)
+    Path("third").mkdir()
+    assert compared("first", "second") == paths
+    with pytest.raises(InputError, match="no evaluation of 'third' in runs"):
+        compared("first", "third")
+    here = str(write(Path(), "second", 0.9))
+    for command in (compare.run, compare.report):
+        with pytest.raises(InputError, match="'second' is a run in runs and a folder here") as caught:
+            command(["first", "second"], root=Path("runs"))
+        assert caught.value.hint == "Write runs/second or ./second."
+    assert compared("runs/second", "./second") == [paths[1], here]
 
 
 def test_the_command_says_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -367,9 +368,16 @@ def test_images_drawn_again_are_the_same(tmp_path: Path, pipeline_folder: Path, 
 
 
 def test_what_cannot_be_drawn_again(tmp_path: Path, pipeline_folder: Path, captions_file: Path) -> None:
-    artifact = generate.run(profile_for(pipeline_folder, captions_file), Workspace(tmp_path))
-    with pytest.raises(InputError, match=r"generate\.model = 'tiny' is not the pipeline that drew"):
+    moving = tmp_path / "before"
+    shutil.copytree(pipeline_folder, moving)
+    artifact = generate.run(profile_for(moving, captions_file), Workspace(tmp_path))
+    assert checking.regenerate(build({}), artifact, count=2) == [], "the artifact says what drew it"
+    moved = moving.rename(tmp_path / "after")
+    with pytest.raises(
+        InputError, match=r"generate\.model = 'tiny' is not the pipeline that drew .*, nor is '.*before'"
+    ):
         checking.regenerate(build({}), artifact, count=1)
+    assert checking.regenerate(build({"generate": {"model": str(moved)}}), artifact, count=2) == []
     source = artifact.path / "images"
     imported = generate.run(
         build({"generate": {"source": "import", "import_path": str(source)}}), Workspace(tmp_path, "imported")

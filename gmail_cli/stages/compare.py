@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gmail_cli.artifacts import Artifact, Workspace
+from gmail_cli.artifacts import MANIFEST, Artifact, Workspace
 from gmail_cli.components import comparison, scores
 from gmail_cli.components.comparison import Evaluation
 from gmail_cli.components.metrics.intervals import USUAL, Bootstrap
@@ -24,7 +24,8 @@ def run(
 
     Args:
         runs: Each ``[LABEL=]RUN``: an eval artifact, a run's folder, or the name of a run below ``root`` (its latest
-            evaluation). Those that share a label are one system's seeds. Without a label, the run's name.
+            evaluation), whatever else is called so where it was typed. Those that share a label are one system's
+            seeds. Without a label, the run's name.
         root: Where runs are kept.
         metrics: As :func:`gmail_cli.components.comparison.compare`.
         bootstrap: Draws and level of the intervals.
@@ -134,16 +135,27 @@ def _named(runs: Sequence[str], root: Path) -> list[tuple[str, Artifact]]:
 
 
 def _evaluation(ref: str, root: Path) -> Artifact:
+    """The latest evaluation of a run of that name, or the one that a path leads to.
+
+    Raises:
+        InputError: There is none, or a run and a folder here are both called so.
+    """
     path = Path(ref)
-    if (path / "eval" / "latest").is_dir():
-        path = path / "eval" / "latest"
-    elif not path.exists():
-        latest = Workspace(root, ref).latest("eval") if "/" not in ref else None
-        if latest is None:
-            there = ", ".join(sorted(each.parents[1].name for each in root.glob("*/eval/latest"))) or "none"
-            raise InputError(f"no evaluation of {ref!r} in {root}", hint=f"Runs that have one: {there}.")
-        path = latest.path
-    artifact = Artifact.load(path)
+    here = path / "eval" / "latest" if (path / "eval" / "latest").is_dir() else path
+    named = path.name == ref and not ref.startswith(".")
+    latest = Workspace(root, ref).latest("eval") if named else None
+    if latest is not None:
+        other = Artifact.load(here, any_version=True) if (here / MANIFEST).is_file() else latest
+        if other.stage == "eval" and other.digest != latest.digest:
+            raise InputError(
+                f"{ref!r} is a run in {root} and a folder here, with different evaluations",
+                hint=f"Write {root / ref} or ./{ref}.",
+            )
+        return latest
+    if named and not (here / MANIFEST).is_file() and not ref.endswith(".partial"):
+        there = ", ".join(sorted(each.parents[1].name for each in root.glob("*/eval/latest"))) or "none"
+        raise InputError(f"no evaluation of {ref!r} in {root}", hint=f"Runs that have one: {there}.")
+    artifact = Artifact.load(here)
     if artifact.stage != "eval":
         raise InputError(f"{ref} was made by `gmail {artifact.stage}`", hint="Name an evaluation (gmail eval).")
     return artifact

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from dataclasses import replace
 from typing import NamedTuple
 
-from gmail_cli.artifacts import Artifact
-from gmail_cli.components import diffusion
+from gmail_cli.artifacts import Artifact, file_sha256, folder_digest
+from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile.generation import Generate
 from gmail_cli.profile.schema import Profile
@@ -19,7 +20,6 @@ from gmail_cli.stages.generate.planning import (
     Record,
     drawn_by,
     generators,
-    models_of,
     prompt,
     read,
     templates_of,
@@ -113,8 +113,9 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
     absolute difference of the pixels may reach ``ACROSS_DEVICES``.
 
     Args:
-        profile: ``generate.model`` and ``generate.revision`` name the pipeline, ``runtime`` says where to draw; the
-            other settings are the artifact's own.
+        profile: ``runtime`` says where to draw, ``data.train`` the images that others began with. The settings are the
+            artifact's own, as are the weights where they still lie, or can be had from the hub; those that moved are
+            looked for at ``generate.model`` and ``generate.lora``.
         artifact: What `run` made with ``source = "pipeline"``.
         count: How many; no more than there are.
         progress: Called with (images drawn, images to draw).
@@ -123,8 +124,7 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
         What differs, a sentence for each image; empty when all is as recorded.
 
     Raises:
-        InputError: Imported images, another artifact, one of another version, or a pipeline that is not the one that
-            drew it.
+        InputError: Imported images, another artifact, one of another version, or weights that are not found.
     """
     import secrets
 
@@ -171,29 +171,53 @@ def regenerate(profile: Profile, artifact: Artifact, *, count: int, progress: Pr
 
 
 def _as_drawn(profile: Profile, artifact: Artifact, *, name: str, own: Record, models: Record, seed: int) -> Profile:
-    """The profile that draws as one generator of an artifact did: its settings, and the models that ``profile`` names.
+    """The profile that draws as one generator of an artifact did; of ``profile`` the data and the runtime stay.
 
     Raises:
-        InputError: The profile names other models, or no generator of that name.
+        InputError: Its weights are neither where they were nor where ``profile`` says.
     """
-    named = generators(profile.generate)
-    if profile.generate.mix and name not in named:
-        raise InputError(
-            f"generate.mix names no {name!r}, which drew images of {artifact.path}",
-            hint="Use the profile that made them.",
-        )
-    given = named[name] if profile.generate.mix else profile.generate
-    there = models_of(given)
-    for kind, setting, what in (("generator", "model", "pipeline"), ("lora", "lora", "LoRA")):
-        if there.get(kind) != models.get(kind):
-            raise InputError(
-                f"generate.{setting} = {getattr(given, setting)!r} is not the {what} that drew {artifact.path}",
-                hint=f"Name it with --set generate.{setting}=... (and generate.revision, of a hub model).",
-            )
+    given = generators(profile.generate).get(name, profile.generate)
     kept = {name: value for name, value in own.items() if name not in ("name", "share", "rewrite", *AFTERWARDS)}
-    unsaid = {"rewrite": {}, "strength": 0.0, "prompt_windows": 1, "compile": False, "keep_best": 0}
-    drawing = Generate.model_validate({**given.model_dump(), **unsaid, **kept})
+    unsaid = {"rewrite": {}, "strength": 0.0, "prompt_windows": 1, "compile": False, "keep_best": 0, "import_path": ""}
+    unsaid |= {"mix": (), "model": "tiny", "revision": "", "lora": ""}
+    weights = _weights(given, artifact, name=name, models=models)
+    drawing = Generate.model_validate({**given.model_dump(), **unsaid, **kept, **weights})
     return profile.model_copy(update={"generate": drawing, "seed": seed})
+
+
+def _weights(given: Generate, artifact: Artifact, *, name: str, models: Record) -> Record:
+    """``model``, ``revision`` and ``lora`` of what drew: a hub model is named by its digest, files are looked for."""
+    said = artifact.summary.get("weights", {})
+    hub, at, revision = models["generator"].rpartition("@")
+    found: Record = {"model": hub, "revision": revision} if at else {}
+    for kind, key, digest_of, what in (
+        ("generator", "model", _pipeline_digest, "pipeline"),
+        ("lora", "lora", _lora_digest, "LoRA"),
+    ):
+        if kind not in models or key in found:
+            continue
+        named, was = getattr(given, key), said.get(kind) or said.get(f"{name}/{kind}", "")
+        found[key] = next((each for each in dict.fromkeys((named, was)) if digest_of(each) == models[kind]), None)
+        if found[key] is None:
+            nor = f", nor is {was!r}" if was and was != named else ""
+            raise InputError(
+                f"generate.{key} = {named!r} is not the {what} that drew {artifact.path}{nor}",
+                hint=f"Say where it is now with --set generate.{key}=PATH.",
+            )
+    return found
+
+
+def _pipeline_digest(model: str) -> str | None:
+    with contextlib.suppress(InputError):
+        _, folder = pipelines.locate(model)
+        return folder_digest(folder) if folder else None
+    return None
+
+
+def _lora_digest(file: str) -> str | None:
+    with contextlib.suppress(InputError):
+        return file_sha256(pipelines.locate_lora(file))
+    return None
 
 
 def _difference(drawn: diffusion.Drawn, record: Record, artifact: Artifact, *, tolerated: float) -> str | None:

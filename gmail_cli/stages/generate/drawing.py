@@ -27,6 +27,7 @@ from gmail_cli.stages.generate.planning import (
     planned_images,
     read,
     templates_of,
+    weights_of,
 )
 from gmail_cli.stages.generate.writing import Prompts, counted, free
 
@@ -85,7 +86,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
 
         def begins(owner: str) -> bytes:
             if owner not in row_of:
-                hint = "Name the set that the images were drawn for."
+                hint = "Name the set that the images were drawn for with --set data.train=PATH."
                 raise InputError(f"{real.name} has no image {owner!r} to begin with", hint=hint)
             return real.image_bytes(row_of[owner])
 
@@ -181,7 +182,7 @@ class Work:
         if self.prompts is not None:
             summary["not_rewritten"] = told["not_rewritten"]
         if self.profile.generate.source == "pipeline":
-            summary |= _describe(self.sampler())
+            summary |= {**_describe(self.sampler()), "weights": weights_of(self.profile.generate)}
         return slot.commit(summary=summary, device=self._device)
 
     def fill(self, slot: Slot, shards: Sequence[range], *, progress: Progress | None) -> None:

@@ -13,7 +13,7 @@ from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, canonica
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.choosing import adopt_all
 from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work
-from gmail_cli.stages.generate.planning import Part, Planned, Record, generators, planned_images, read
+from gmail_cli.stages.generate.planning import Part, Planned, Record, generators, planned_images, read, weights_of
 from gmail_cli.stages.generate.writing import counted
 
 
@@ -106,6 +106,11 @@ class Mixture:
                 **counted(every),
                 "generator": self.key.settings["name"],
                 "generators": {name: len(each) for name, each in records.items()},
+                "weights": {
+                    f"{name}/{kind}": place
+                    for name, work in self.works.items()
+                    for kind, place in weights_of(work.profile.generate).items()
+                },
             }
             devices = sorted({str(artifact.manifest["device"]) for artifact in made.values()})
             return slot.commit(summary=summary, device=", ".join(devices))

@@ -287,6 +287,11 @@ def models_of(generate: Generate) -> dict[str, str]:
     return models
 
 
+def weights_of(generate: Generate) -> dict[str, str]:
+    """Where the weights were that `models_of` gives the digests of, as the profile says it."""
+    return {"generator": generate.model, **({"lora": generate.lora} if generate.lora else {})}
+
+
 def drawn_by(settings: Record, models: Record) -> dict[str, tuple[Record, Record]]:
     """Name -> (settings, models) of each generator that an artifact's key tells of."""
     if "mix" not in settings:
