@@ -21,7 +21,7 @@ FEATURES = "features"
 """Not a command: what frozen towers make of image sets, kept for the stages that read it."""
 VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
-    "generate": 3,
+    "generate": 4,
     "align": 4,
     "train": 4,
     "embed": 4,
