@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The small stand-ins of docs/reproduce.md that have no profile of their own, on the built-in world. Everything lies in
 # ./runs/tables and is reused. One part or all of them:
-#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip]...
+#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip|clip]...
 set -euo pipefail
 here=$(dirname "$0")
 common=(--profile tiny --run tables)
@@ -26,9 +26,10 @@ tested() { # name, train artifact, options of embed
 
 images=(--arm real --arm generated-naive --arm generated-aligned)
 learnt=(--set train.steps=300 --set train.batch_size=16 --set train.lr=1e-3)
+seeds=(--set 'train.seeds=[0,1,2]')
 
 clipcap() { # tables 1, 6, 13, 16
-  cell clipcap "$eq1" --task clipcap "${images[@]}" --arm mixed --arm texts "${learnt[@]}" --set train.text_memory=400
+  cell clipcap "$eq1" --task clipcap "${images[@]}" --arm mixed --arm texts "${learnt[@]}" "${seeds[@]}" --set train.text_memory=400
 }
 
 rank() { # tables 11, 12
@@ -83,14 +84,24 @@ generators() { # table 17: the same weights with other settings
 }
 
 siglip() { # table 8
-  gmail run tiny-clip --run siglip --set train.architecture=tiny-siglip.json > /dev/null
+  another siglip --set train.architecture=tiny-siglip.json
+}
+
+clip() { # the shipped CLIP's recipe with another seed
+  another clip --set 'train.seeds=[1]'
+}
+
+another() { # name, options of tiny-clip: trains another f_r; text towers and captioners on it
+  local name=$1 aligned
+  shift
+  gmail run tiny-clip --run "$name" "$@" > /dev/null
   (
-    common+=(--set model.clip=runs/siglip/train/latest/clip.real.seed0/clip)
+    common+=(--set "model.clip=$(echo "runs/$name"/train/latest/clip.real.seed?/clip)")
     aligned=$(gmail align "${common[@]}")
-    cell siglip "$aligned" --task clip-text --arm none "${images[@]}"
-    cell siglip-clipcap "$aligned" --task clipcap "${images[@]}" "${learnt[@]}"
+    cell "$name" "$aligned" --task clip-text --arm none "${images[@]}"
+    cell "$name-clipcap" "$aligned" --task clipcap "${images[@]}" "${learnt[@]}" "${seeds[@]}"
   )
 }
 
-[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip
+[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip clip
 for part in "$@"; do "$part"; done
