@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The small stand-ins of docs/reproduce.md that have no profile of their own, on the built-in world. Everything lies in
 # ./runs/tables and is reused. One part or all of them:
-#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip|clip]...
+#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip|unbiased|clip]...
 set -euo pipefail
 here=$(dirname "$0")
 common=(--profile tiny --run tables)
@@ -84,24 +84,34 @@ generators() { # table 17: the same weights with other settings
 }
 
 siglip() { # table 8
-  another siglip --set train.architecture=tiny-siglip.json
+  through "$(another siglip --set train.architecture=tiny-siglip.json)" siglip "${seeds[@]}"
+}
+
+unbiased() { # the same SigLIP without its bias, so that CLIP's loss trains the text tower
+  local clip
+  clip=$(another siglip --set train.architecture=tiny-siglip.json)
+  [ -d unbiased ] || python "$here/without_bias.py" "$clip" unbiased
+  through unbiased unbiased
 }
 
 clip() { # the shipped CLIP's recipe with another seed
-  another clip --set 'train.seeds=[1]'
+  through "$(another clip --set 'train.seeds=[1]')" clip "${seeds[@]}"
 }
 
-another() { # name, options of tiny-clip: trains another f_r; text towers and captioners on it
-  local name=$1 aligned
-  shift
-  gmail run tiny-clip --run "$name" "$@" > /dev/null
+another() { # run, options of tiny-clip: trains another f_r, prints its folder
+  gmail run tiny-clip --run "$@" > /dev/null
+  echo "runs/$1"/train/latest/clip.real.seed?/clip
+}
+
+through() { # folder of f_r, name, seeds of captioners: none, no captioners
+  local aligned
   (
-    common+=(--set "model.clip=$(echo "runs/$name"/train/latest/clip.real.seed?/clip)")
+    common+=(--set "model.clip=$1")
     aligned=$(gmail align "${common[@]}")
-    cell "$name" "$aligned" --task clip-text --arm none "${images[@]}"
-    cell "$name-clipcap" "$aligned" --task clipcap "${images[@]}" "${learnt[@]}" "${seeds[@]}"
+    cell "$2" "$aligned" --task clip-text --arm none "${images[@]}"
+    [ $# -eq 2 ] || cell "$2-clipcap" "$aligned" --task clipcap "${images[@]}" "${learnt[@]}" "${@:3}"
   )
 }
 
-[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip clip
+[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip unbiased clip
 for part in "$@"; do "$part"; done
