@@ -118,6 +118,7 @@ def build_clip(
     import open_clip
 
     model_cfg = copy.deepcopy(dict(config["model_cfg"]))
+    _refuse_coca(model_cfg, name=name)
     custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
     base = model_cfg["text_cfg"].pop(rotary.KEY, None)
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
@@ -134,6 +135,16 @@ def build_clip(
     if tokenizer is None:
         tokenizer = _tokenizer(config["model_cfg"]["text_cfg"], name=name, context_length=model.context_length)
     return _clip(model, tokenizer, config, name=name, digest=None, device=device, precision=precision)
+
+
+def _refuse_coca(model_cfg: Mapping[str, Any], *, name: str) -> None:
+    """CoCa's image tower gives tokens beside the embedding, which nothing here reads.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if "multimodal_cfg" in model_cfg:
+        raise UsageError(f"{name} is a CoCa, which is not supported", hint="Take a CLIP or SigLIP as model.clip.")
 
 
 def _tokenizer(text_cfg: Mapping[str, Any], *, name: str, context_length: int) -> Any:
@@ -251,6 +262,7 @@ def _load_folder(folder: Path, *, name: str, device: str | torch.device, precisi
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
+        _refuse_coca(config["model_cfg"], name=name)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         if rotary.KEY in config["model_cfg"]["text_cfg"]:
             model = build_clip(config, name=name, tokenizer=tokenizer).model

@@ -23,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from gmail_cli.components.conversations import DATE
-from gmail_cli.components.heads import load_lm
+from gmail_cli.components.conversations import TEMPLATE
+from gmail_cli.components.heads import generate, load_lm
 from gmail_cli.errors import UsageError
 
 LIKELIEST = 50
@@ -132,8 +132,7 @@ class Rewriter:
                 [{"role": "user", "content": text}],
                 tokenize=False,
                 add_generation_prompt=True,
-                date_string=DATE,
-                enable_thinking=False,
+                **TEMPLATE,
             )
         except Exception as error:
             raise UsageError(f"the chat template of {self._name} fails: {error}") from error
@@ -147,12 +146,12 @@ class Rewriter:
         ids = torch.tensor([[pad] * (length - len(own)) + own for own in full], device=self._lm.device)
         seen = torch.tensor([[0] * (length - len(own)) + [1] * len(own) for own in full], device=self._lm.device)
         seeds = [_seed(each, seed=self._seed) for each in [*wanted, *[wanted[-1]] * spare]]
-        written = self._lm.generate(
+        written = generate(
+            self._lm,
             input_ids=ids,
             attention_mask=seen,
             max_new_tokens=self._max_tokens,
             num_beams=1,
-            do_sample=False,
             logits_processor=[_Draw(seeds, temperature=self._temperature)] if self._temperature else [],
             eos_token_id=self._stops or None,
             pad_token_id=pad,
