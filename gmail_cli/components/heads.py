@@ -318,6 +318,9 @@ def load_lm(
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
+    Of its settings for writing only the tokens that begin, end and pad a text are kept: a ``repetition_penalty``, as
+    some are published with, would count the words it is told and the padding too.
+
     Args:
         ref: ``tiny`` (shipped), a folder in transformers format, or a hub id.
         revision: Commit of a hub model.
@@ -328,7 +331,7 @@ def load_lm(
     Raises:
         SetupError: The model can be neither found nor fetched.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -340,13 +343,18 @@ def load_lm(
             with torch.device("meta"):
                 lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
+            options = {"revision": revision or None, "dtype": dtype, "use_safetensors": True}
+            lm = AutoModelForCausalLM.from_pretrained(place, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason, hint = str(error), f"Give tiny, a folder in transformers format, or a hub id with {key}."
         if revision:
             reason, hint = hub.explain(error, place, revision=revision)
         raise SetupError(f"the language model {ref!s} cannot be loaded: {reason}", hint=hint) from error
     _fuse_gelu(lm)
+    written = lm.generation_config
+    lm.generation_config = GenerationConfig(
+        bos_token_id=written.bos_token_id, eos_token_id=written.eos_token_id, pad_token_id=written.pad_token_id
+    )
     return lm.eval(), tokenizer
 
 
