@@ -191,6 +191,7 @@ def _as_drawn(profile: Profile, artifact: Artifact, *, name: str, own: Record, m
             )
     kept = {name: value for name, value in own.items() if name not in ("name", "share", "rewrite", *AFTERWARDS)}
     unsaid = {"rewrite": {}, "strength": 0.0, "prompt_windows": 1, "compile": False, "keep_best": 0}
+    unsaid |= {"timestep_spacing": "default"}
     drawing = Generate.model_validate({**given.model_dump(), **unsaid, **kept})
     return profile.model_copy(update={"generate": drawing, "seed": seed})
 
