@@ -90,7 +90,7 @@ def aligned(workspace: Workspace, clips: dict[str, Path]) -> Artifact:
 
 
 def _models(clips: dict[str, Path]) -> dict[str, str]:
-    return {"clip": encoders.model_digest(clips["f_r"])}
+    return {"clip": clip_files.model_digest(clips["f_r"])}
 
 
 @pytest.fixture(scope="module")

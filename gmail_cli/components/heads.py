@@ -325,6 +325,9 @@ def load_lm(
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
+    Of its settings for writing only the tokens that begin, end and pad a text are kept: a ``repetition_penalty``, as
+    some are published with, would count the words it is told and the padding too.
+
     Args:
         ref: ``tiny`` (shipped), a folder in transformers format, or a hub id.
         revision: Commit of a hub model.
@@ -335,7 +338,7 @@ def load_lm(
     Raises:
         SetupError: The model can be neither found nor fetched.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -354,6 +357,10 @@ def load_lm(
             reason, hint = hub.explain(error, place, revision=revision)
         raise SetupError(f"the language model {ref!s} cannot be loaded: {reason}", hint=hint) from error
     _fuse_gelu(lm)
+    written = lm.generation_config
+    lm.generation_config = GenerationConfig(
+        bos_token_id=written.bos_token_id, eos_token_id=written.eos_token_id, pad_token_id=written.pad_token_id
+    )
     return lm.eval(), tokenizer
 
 
@@ -368,23 +375,17 @@ def _fuse_gelu(lm: nn.Module) -> None:
 
 
 def generate(lm: Any, **options: Any) -> Int64[Tensor, "batch length"]:
-    """What transformers' ``generate`` writes, greedily or by beam search, as ``options`` say and nothing else.
-
-    What a model's ``generation_config.json`` would add is left out: Qwen2.5's repetition penalty makes greedy search
-    another one, and Vicuna's and Llama 3's ``max_length`` warns at every batch.
+    """What transformers' ``generate`` writes, greedily or by beam search, as ``options`` say.
 
     It drops an attention mask that hides nothing, and GPT-2 then takes a text that has ended for padding and warns,
     unless its config names no token to pad with. The one in ``options`` is used either way.
     """
-    from transformers import GenerationConfig
-
-    config, published = lm.config, lm.generation_config
+    config = lm.config
     pad, config.pad_token_id = getattr(config, "pad_token_id", None), None
-    lm.generation_config = GenerationConfig()
     try:
         return lm.generate(do_sample=False, **options)
     finally:
-        config.pad_token_id, lm.generation_config = pad, published
+        config.pad_token_id = pad
 
 
 def start_of(tokenizer: Any) -> list[int]:
