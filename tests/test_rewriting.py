@@ -23,7 +23,7 @@ from gmail_cli.artifacts import Artifact, Waiting, Workspace
 from gmail_cli.components import rewriting
 from gmail_cli.components.heads import SHIPPED_LMS
 from gmail_cli.components.rewriting import Rewriter, Wanted, load_rewriter, usable
-from gmail_cli.errors import SetupError, UsageError
+from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import build
 from gmail_cli.profile.generation import Rewrite
 from gmail_cli.profile.schema import Profile
@@ -101,12 +101,23 @@ def test_settings_that_a_model_is_published_with_do_not_change_what_is_written(t
     assert texts(load_rewriter(str(tmp_path / "lm"), **options), WANTED) == texts(rewriter(), WANTED)
 
 
-def test_weights_of_a_language_model_that_are_a_pickle_are_not_read(tmp_path: Path) -> None:
+def test_a_language_model_of_older_files_is_read_but_nothing_in_them_is_run(tmp_path: Path) -> None:
+    """Vicuna has `pytorch_model.bin` alone, which is a pickle."""
     shutil.copytree(SHIPPED_LMS["tiny"], tmp_path / "lm")
-    torch.save(load_file(tmp_path / "lm" / "model.safetensors"), tmp_path / "lm" / "pytorch_model.bin")
+    older = tmp_path / "lm" / "pytorch_model.bin"
+    torch.save(load_file(tmp_path / "lm" / "model.safetensors"), older)
     (tmp_path / "lm" / "model.safetensors").unlink()
-    with pytest.raises(SetupError, match=r"no file named model\.safetensors"):
-        load_rewriter(str(tmp_path / "lm"), instruction="{}", max_tokens=12)
+    options = {"instruction": "{}", "max_tokens": 12, "batch_size": 4}
+    assert texts(load_rewriter(str(tmp_path / "lm"), **options), WANTED) == texts(rewriter(), WANTED)
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    torch.save({"transformer.wte.weight": Trap()}, older)
+    with pytest.raises(InputError, match="hold something else than tensors"):
+        load_rewriter(str(tmp_path / "lm"), **options)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_thoughts_that_the_template_begins_and_nothing_ends_are_no_prompt() -> None:

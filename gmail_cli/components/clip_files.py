@@ -85,7 +85,8 @@ def load_clip(
     weights = _download_tag(tag, ref=str(ref), revision=revision)
     clip = build_clip(config, seed=seed, name=str(ref), device=device, precision=precision)
     try:
-        open_clip.load_checkpoint(clip.model, str(weights))
+        with hub.tensors_alone(str(ref)):
+            open_clip.load_checkpoint(clip.model, str(weights))
     except RuntimeError as error:
         raise InputError(f"the weights of {ref} do not fit: {error}") from error
     return dataclasses.replace(clip, digest=model_digest(ref, revision=revision))
@@ -264,11 +265,12 @@ def _load_folder(folder: Path, *, name: str, device: str | torch.device, precisi
         config = json.loads(config_file.read_text(encoding="utf-8"))
         _refuse_coca(config["model_cfg"], name=name)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        if rotary.KEY in config["model_cfg"]["text_cfg"]:
-            model = build_clip(config, name=name, tokenizer=tokenizer).model
-            open_clip.load_checkpoint(model, str(_model_files(folder)[1]))
-        else:
-            model = open_clip.create_model(f"local-dir:{folder}")
+        with hub.tensors_alone(name):
+            if rotary.KEY in config["model_cfg"]["text_cfg"]:
+                model = build_clip(config, name=name, tokenizer=tokenizer).model
+                open_clip.load_checkpoint(model, str(_model_files(folder)[1]))
+            else:
+                model = open_clip.create_model(f"local-dir:{folder}")
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded by open_clip: {error}", hint="Check model.clip.") from error
     digest = model_digest(folder)

@@ -336,6 +336,7 @@ def load_lm(
         empty: Read no weights; they are on torch's ``meta`` device, to be filled from elsewhere.
 
     Raises:
+        InputError: Its weights hold something else than tensors.
         SetupError: The model can be neither found nor fetched.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -350,8 +351,9 @@ def load_lm(
             with torch.device("meta"):
                 lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+            with hub.tensors_alone(str(ref)):
+                lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason, hint = str(error), f"Give tiny, a folder in transformers format, or a hub id with {key}."
         if revision:
             reason, hint = hub.explain(error, place, revision=revision)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gmail_cli.components import hub
 from gmail_cli.components.images import Interpolation, Preprocess
 from gmail_cli.errors import InputError, UsageError
 
@@ -229,9 +230,10 @@ def load(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Tokenizer 
             # The pooler is not what we read, and often not among the weights.
             with safe_open(weights_file(folder), "pt") as tensors:
                 options["add_pooling_layer"] = any(name.startswith("pooler.") for name in tensors.keys())  # noqa: SIM118
-        model, told = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-        )
+        with hub.tensors_alone(str(folder)):
+            model, told = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+            )
         if lacking := sorted(told["missing_keys"]):
             raise ValueError(f"its weights lack {lacking[0]}")
         tokenizer = None
