@@ -100,11 +100,6 @@ class TunedTower(nn.Module):
             )
         return nn.functional.normalize(features.float(), dim=-1)
 
-    @property
-    def trained(self) -> int:
-        """Number of trained parameters."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-
 
 def lora_targets(visual: nn.Module) -> tuple[str, ...]:
     """The modules of an image tower that LoRA tunes by default.
