@@ -4,8 +4,8 @@
     python benchmarks/align.py --model tiny --batch 64  the shipped CLIP
     python benchmarks/align.py --only sweep
 
-All in one process, one after another, in CPU seconds: ratios hold on a busy machine too. The loops get every advantage:
-their pixels are decoded and normalised before the clock starts.
+All in one process, one after another, in CPU seconds (but ``loading``): ratios hold on a busy machine too. The loops
+get every advantage: their pixels are decoded and normalised before the clock starts.
 
 - ``step``: a step of `gmail align` (Eq. 1, LoRA rank 4) against plain PyTorch with plain peft on cached targets, and
   against loops that run a second tower on the real images, without gradients (f_r embedded anew) and with them; and
@@ -13,6 +13,9 @@ their pixels are decoded and normalised before the clock starts.
 - ``clipcap``: images a second of `gmail train`, start-up and the one embedding of each image included, against the same
   loop encoding the images again every time they are shown.
 - ``sweep``: three lines over align.lora_rank, with features kept and with them deleted between the lines.
+- ``loading``: steps of `gmail align` on JPEG files of 512 pixels that memory does not hold, decoded beside the steps:
+  how much of the wall time a step waits for its images, and how long the same steps take when they are held. Idle cores
+  wanted.
 - ``cells``: `gmail train` in the second of two lines over align.lora_rank, all arms, with the first line's cells there
   and without.
 """
@@ -59,23 +62,26 @@ WARM = 10
 """Steps before the clock starts; a row of the loss curve, where progress is told."""
 
 
-def make(workspace: Workspace, *, count: int) -> Artifact:
-    """A generate artifact: scenes in other colours, with noise."""
+def make(workspace: Workspace, *, count: int, size: int = 64) -> Artifact:
+    """A generate artifact: scenes in other colours, with noise; PNG files, JPEG files from 512 pixels on."""
     scenes = captions.read("scenes:train", limit=count)
-    with workspace.open(StageKey(stage="generate", settings={"count": count})) as slot:
+    kind = ("PNG", {}) if size < 512 else ("JPEG", {"quality": 95})
+    with workspace.open(StageKey(stage="generate", settings={"count": count, "size": size})) as slot:
         if slot.done:
             return slot.artifact
         rows = []
         for number, image in enumerate(scenes.images):
             caption = scenes.captions_of(image.id)[0]
-            pixels = np.asarray(Image.open(io.BytesIO(scenes.image_bytes(number))).convert("RGB"), dtype=np.float64)
+            drawn = Image.open(io.BytesIO(scenes.image_bytes(number))).convert("RGB").resize((size, size))
+            pixels = np.asarray(drawn, dtype=np.float64)
             noise = np.random.default_rng(number).normal(0, 6, pixels.shape)
             stream = io.BytesIO()
-            Image.fromarray((pixels * [0.6, 0.9, 1] + noise).clip(0, 255).astype(np.uint8)).save(stream, "PNG")
-            path = f"images/000/{number:05d}.png"
+            shown = Image.fromarray((pixels * [0.6, 0.9, 1] + noise).clip(0, 255).astype(np.uint8))
+            shown.save(stream, kind[0], **kind[1])
+            path = f"images/000/{number:05d}.{kind[0].lower()}"
             slot.write_bytes(path, stream.getvalue())
             row = {"key": f"{number:05d}", "caption_id": caption.id, "caption": caption.text, "owner": image.id}
-            about = {"label": None, "k": 0, "seed": number, "path": path, "width": 64, "height": 64}
+            about = {"label": None, "k": 0, "seed": number, "path": path, "width": size, "height": size}
             rows.append({**row, **about, "sha256": hashlib.sha256(stream.getvalue()).hexdigest()})
         slot.write_jsonl("records.jsonl", rows)
         return slot.commit(summary={})
@@ -242,6 +248,42 @@ def sweep(options: argparse.Namespace, clip_ref: str, root: Path, generated: Art
     }
 
 
+def loading(options: argparse.Namespace, clip_ref: str, root: Path) -> dict[str, Any]:
+    generated = make(Workspace(root, "large"), count=options.images, size=512)
+    given = profile(clip_ref, options)
+    get, limits = Pixels.__getitem__, Pixels.__init__.__kwdefaults__
+    assert limits is not None
+    usual = limits["in_memory"]
+    found: dict[str, Any] = {}
+    for name, in_memory in (("held", usual), ("decoded", 0)):
+        at: dict[int, float] = {}
+        waits: list[tuple[float, float]] = []
+
+        def timed(pixels: Pixels, rows: np.ndarray, waits: list[tuple[float, float]] = waits) -> Tensor:
+            began = time.perf_counter()
+            values = get(pixels, rows)
+            waits.append((began, time.perf_counter() - began))
+            return values
+
+        def progress(done: int, total: int, at: dict[int, float] = at) -> None:
+            if total == given.align.steps:
+                at[done] = time.perf_counter()
+
+        limits["in_memory"], Pixels.__getitem__ = in_memory, timed  # type: ignore[method-assign]
+        try:
+            align.run(given, Workspace(root / name, "loading"), generated=generated, progress=progress)
+        finally:
+            limits["in_memory"], Pixels.__getitem__ = usual, get  # type: ignore[method-assign]
+        seconds = at[given.align.steps] - at[WARM]
+        waited = sum(wait for began, wait in waits if at[WARM] <= began < at[given.align.steps])
+        found[name] = {
+            "seconds_a_step": round(seconds / options.steps, 4),
+            "share_waiting_for_images": round(waited / seconds, 4),
+        }
+    ratio = found["decoded"]["seconds_a_step"] / found["held"]["seconds_a_step"]
+    return {**found, "decoded_over_held": round(ratio, 3)}
+
+
 def cells(options: argparse.Namespace, clip_ref: str, root: Path, generated: Artifact) -> dict[str, Any]:
     """What is measured is everything `gmail train` does in one process; features are there in both cases."""
 
@@ -283,7 +325,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--caption-steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=["step", "clipcap", "sweep", "cells"])
+    parser.add_argument("--only", choices=["step", "clipcap", "sweep", "loading", "cells"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {"clock": "CPU seconds", "model": options.model or "ViT-S/32, random weights"}
@@ -301,6 +343,8 @@ def main() -> None:
             found["clipcap"] = clipcap(options, clip_ref, root)
         if options.only in (None, "sweep"):
             found["sweep"] = sweep(options, clip_ref, root, generated)
+        if options.only in (None, "loading"):
+            found["loading"] = loading(options, clip_ref, root)
         if options.only in (None, "cells"):
             found["cells"] = cells(options, clip_ref, root, generated)
     print(json.dumps(found, indent=1))

@@ -174,7 +174,7 @@ def sd3() -> Any:
     )
 
 
-def flux(scheduler: Any = None) -> Any:
+def flux(scheduler: Any = None, *, distilled: bool = True) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     return FluxPipeline(
@@ -193,9 +193,70 @@ def flux(scheduler: Any = None) -> Any:
             num_attention_heads=2,
             joint_attention_dim=16,
             pooled_projection_dim=16,
-            guidance_embeds=True,
+            guidance_embeds=distilled,
             axes_dims_rope=(2, 2, 4),
         ),
+    )
+
+
+def flux_schnell() -> Any:
+    return flux(distilled=False)
+
+
+def latent_consistency_pipeline() -> Any:
+    """The class and the denoiser, told its guidance as an input, that LCM's own repositories have."""
+    from diffusers import LatentConsistencyModelPipeline
+
+    parts = latent_consistency().components | {"unet": unet(time_cond_proj_dim=32)}
+    del parts["image_encoder"]
+    return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+
+
+def qwen_image() -> Any:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
+
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    ids = {"vision_start_token_id": 256, "vision_end_token_id": 257, "vision_token_id": 258}
+    ids |= {"image_token_id": 256, "video_token_id": 257}
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(8, 4, 4),
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=12,
+            z_dim=4,
+            dim_mult=[1, 2, 4],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={**small, "num_hidden_layers": 1, "rope_scaling": rope, "vocab_size": len(tokens)},
+                vision_config=vision,
+                **ids,
+            )
+        ),
+        tokenizer=Qwen2TokenizerFast(vocab={token: row for row, token in enumerate(tokens)}, merges=[]),
     )
 
 
@@ -296,6 +357,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "pixart-alpha": pixart_alpha,
     "pixart-sigma": pixart_sigma,
     "sana": sana,
+    "flux-schnell": flux_schnell,
+    "lcm": latent_consistency_pipeline,
+    "qwen-image": qwen_image,
 }
 
 

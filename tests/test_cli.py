@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from gmail_cli import __version__
 from gmail_cli.artifacts import VERSIONS
 from gmail_cli.cli import main
 from gmail_cli.doctor import examine
@@ -49,6 +50,11 @@ def test_help_imports_nothing_heavy() -> None:
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stderr == "[]\n"
     assert "Commands:" in found.stdout
+
+
+def test_the_version_is_told_without_a_command(tmp_path: Path) -> None:
+    told = gmail("--version", cwd=tmp_path)
+    assert (told.returncode, told.stdout, told.stderr) == (0, f"gmail {__version__}\n", "")
 
 
 def test_every_command_of_the_design_is_there(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -27,7 +28,14 @@ from gmail_cli.components.heads import (
 )
 from gmail_cli.components.loop import Recipe, fit
 from gmail_cli.components.pairs import Candidates, Pairs
-from gmail_cli.components.tasks import augmented, clipcap_job, contrastive_loss, probe_job
+from gmail_cli.components.tasks import (
+    augmented,
+    clipcap_job,
+    contrastive_loss,
+    image_text_loss,
+    probe_job,
+    sigmoid_loss,
+)
 from gmail_cli.components.tokenizer import save_tokenizer, train_tokenizer
 from gmail_cli.errors import InputError, SetupError
 
@@ -311,6 +319,55 @@ def test_the_contrastive_loss_is_clip_s_without_siblings() -> None:
     logits, target = 10 * images @ texts.T, torch.arange(5)
     expected = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
     torch.testing.assert_close(value, expected)
+
+
+def test_the_sigmoid_loss_is_open_clip_s_without_siblings() -> None:
+    from open_clip.loss import SigLipLoss
+
+    images, texts = unit(5, 8), unit(5, 8, seed=1)
+    eye, nothing = torch.eye(5, dtype=torch.bool), torch.zeros(5, 5, dtype=torch.bool)
+    scale, bias = torch.tensor(10.0), torch.tensor(-3.0)
+    value, _ = sigmoid_loss(images, texts, scale=scale, bias=bias, positives=eye, excluded=nothing)
+    torch.testing.assert_close(value, SigLipLoss()(images, texts, scale, bias))
+
+
+def test_the_sigmoid_loss_judges_each_pair_on_its_own() -> None:
+    """Two captions that read the same fit both images; a sibling is judged as neither."""
+    images, texts = unit(3, 8), unit(3, 8, seed=1)
+    same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    excluded = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.bool)
+    scale, bias = torch.tensor(4.0), torch.tensor(-1.0)
+    value, _ = sigmoid_loss(images, texts, scale=scale, bias=bias, positives=same, excluded=excluded)
+    chance = (4 * images @ texts.T - 1).sigmoid()
+    expected = [
+        chance[0, 0],
+        chance[0, 1],
+        chance[1, 0],
+        chance[1, 1],
+        1 - chance[1, 2],
+        1 - chance[2, 1],
+        chance[2, 2],
+    ]
+    torch.testing.assert_close(value, -torch.stack(expected).log().sum() / 3)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_model_is_trained_by_the_loss_that_it_was_made_for(biased: bool) -> None:
+    model = nn.Module()
+    model.logit_scale = nn.Parameter(torch.tensor([8.0]).log())
+    if biased:
+        model.logit_bias = nn.Parameter(torch.tensor([-2.0]))
+    images, texts, eye = unit(4, 8), unit(4, 8, seed=1), torch.eye(4, dtype=torch.bool)
+    given = {"positives": eye, "excluded": torch.zeros(4, 4, dtype=torch.bool)}
+    value, told = image_text_loss(model, images, texts, **given)
+    if biased:
+        expected, _ = sigmoid_loss(images, texts, scale=torch.tensor(8.0), bias=torch.tensor(-2.0), **given)
+    else:
+        expected, _ = contrastive_loss(images, texts, scale=torch.tensor(8.0), **given)
+    torch.testing.assert_close(value, expected)
+    assert told["temperature"] == pytest.approx(1 / 8)
+    value.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_identical_captions_are_positives_and_siblings_no_negatives() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import open_clip
 import pytest
 import small_checkers
+import small_pipelines
 import torch
 from local_hub import Hub, commit_of, local_hub
 from PIL import Image
@@ -22,7 +23,7 @@ from preloaded import preloaded
 from safetensors.torch import load_file, save_file
 
 from gmail_cli.artifacts import Artifact, Workspace
-from gmail_cli.components import captions
+from gmail_cli.components import captions, pipelines
 from gmail_cli.components.tables import Table
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "gmail_cli" / "weights" / "tiny"
@@ -50,6 +51,14 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu", precision="fp16")
     save_file(model.state_dict(), tag / "open_clip_model.safetensors")
+    light, both, pickled = (clip.parent / name for name in ("light", "both", "pickled"))
+    pipeline = pipelines.load_pipeline(str(small_pipelines.save("sd1", clip.parent / "sd1")))
+    pipeline.save_pretrained(light, variant="fp16")
+    for place in (both, pickled):
+        shutil.copytree(clip.parent / "sd1", place)
+    shutil.copytree(light, both, dirs_exist_ok=True)
+    (both / "v1-5-pruned.ckpt").write_bytes(b"not read")
+    (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet" / "diffusion_pytorch_model.bin")
     checker = small_checkers.classifier(clip.parent / "checker")
     (checker / "pytorch_model.bin").write_bytes(b"not read")
     return {
@@ -57,6 +66,9 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "small/pipeline": WEIGHTS / "pipeline",
         "small/lm": WEIGHTS / "lm",
         "small/checker": checker,
+        "published/light": light,
+        "published/both": both,
+        "published/pickled": pickled,
         open_clip.get_pretrained_cfg("ViT-B-32", "openai")["hf_hub"].strip("/"): tag,
     }
 
@@ -136,7 +148,7 @@ def test_weights_that_open_clip_knows_by_a_tag(
     chosen = ("model.clip=ViT-B-32/openai", "data.test_limit=2", "embed.gap_count=0", 'embed.templates=["{}"]')
     done = gmail("embed", "--captions", "scenes:test", "--run", "tag", *_settings(*chosen))
     assert done.returncode == 0, done.stderr
-    (repository,) = (name for name in repositories if "small/" not in name)
+    (repository,) = (name for name in repositories if not name.startswith(("small/", "published/")))
     assert [line for line in hub.served if repository in line] == [
         f"{repository}@{commit_of(repositories[repository])}/open_clip_model.safetensors"
     ]
@@ -160,6 +172,29 @@ def _hashes(artifact: Artifact, kind: str) -> dict[str, str]:
     found = {name: entry["sha256"] for name, entry in artifact.files.items() if name.endswith(kind)}
     assert found, artifact.path
     return found
+
+
+def test_a_pipeline_with_several_sets_of_weights_or_only_light_ones(
+    hub: Hub, gmail: Gmail, user: Path, repositories: dict[str, Path]
+) -> None:
+    (user / "cat.txt").write_text("a cat\n")
+
+    def draw(name: str) -> subprocess.CompletedProcess[str]:
+        model = (f"generate.model={name}", f"generate.revision={commit_of(repositories[name])}")
+        return gmail("generate", "--captions", "cat.txt", "--run", name[-4:], *_settings(*model, "generate.steps=1"))
+
+    drawn = {}
+    for name in ("published/both", "published/light"):
+        done = draw(name)
+        assert done.returncode == 0, done.stderr
+        drawn[name] = _hashes(_latest(Workspace(user / "runs", name[-4:]), "generate"), ".png")
+    assert drawn["published/both"] == drawn["published/light"], "they hold the same numbers"
+    weights = [line for line in hub.served if line.startswith("published/both@") and line.endswith(("tensors", "ckpt"))]
+    assert len(weights) == 3
+    assert not [line for line in weights if "fp16" in line]
+    refused = draw("published/pickled")
+    assert refused.returncode == 4
+    assert "'published/pickled' lacks weights in .safetensors files" in refused.stderr
 
 
 @pytest.mark.parametrize(

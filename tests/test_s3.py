@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import small_pipelines
 
@@ -139,3 +140,24 @@ def test_an_export_that_was_cut_short_has_no_table_and_is_written_over(bucket: s
     assert system.exists("sets/cut/images.parquet")
     with pytest.raises(SetupError, match="cannot write s3://nobody/made"):
         exporting.export(drawn, "s3://nobody/made")
+
+
+def test_a_store_that_does_not_let_in_or_does_not_answer_is_named(
+    bucket: str, drawn: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import s3fs
+
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"retries": {"max_attempts": 0}}})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(SetupError, match=f"cannot write {bucket}/made: Could not connect"):
+        exporting.export(drawn, f"{bucket}/made")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(SetupError, match=f"cannot write {bucket}/made: Unable to locate credentials"):
+        exporting.export(drawn, f"{bucket}/made")
+    with pytest.raises(SetupError, match=r"cannot read \S+/made/00000\.tar: Unable to locate credentials"):
+        captions.read(f"{bucket}/made/00000.tar")

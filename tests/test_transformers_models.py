@@ -182,7 +182,7 @@ def test_projection_alone(folders: dict[str, Path]):
 
 
 def test_the_text_tower_of_siglip_is_trained(folders: dict[str, Path]):
-    """Its inverse temperature is a vector of one number, and what is logged of it is a number."""
+    """By its own loss, bias included. Its inverse temperature is a vector of one number; what is logged is a number."""
     clip = clip_files.load_clip(folders["siglip"])
     pairs = pairs_of(("a red ball", "a tree on snow"), labels=(-1, -1), names=())
     assert pairs.real is not None
@@ -190,6 +190,7 @@ def test_the_text_tower_of_siglip_is_trained(folders: dict[str, Path]):
     job = clip_text_job(clip, pairs, Arm((View(images, pairs.real, real=True),)))
     [row] = fit(job.module, loss=job.loss, rows=job.rows, recipe=Recipe(steps=2, batch_size=2, lr=1e-3))
     assert row["temperature"] == pytest.approx(1, abs=0.01)
+    assert not torch.equal(job.module.logit_bias, clip.model.logit_bias)
 
 
 def test_a_tower_without_texts_is_aligned_and_probed(folders: dict[str, Path], tmp_path: Path):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gmail_cli.artifacts import disk
-from gmail_cli.errors import SetupError, UsageError
+from gmail_cli.errors import GmailError, SetupError, UsageError
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
 """fsspec's names of stores without folders; asked for one, they would make a bucket of a misspelt name."""
@@ -70,21 +71,32 @@ def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object
         return
     import fsspec
 
-    try:
+    with _reached(target), tempfile.TemporaryDirectory() as local:
         system, root = fsspec.core.url_to_fs(target)
+        if system.exists(f"{root}/{EXPORTED}"):
+            raise UsageError(f"{target} is there already", hint="Name a new folder.")
+        if not _OBJECT_STORES & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
+            system.makedirs(root, exist_ok=True)
+        for name, write in files:
+            path = Path(local, name)
+            try:
+                write(path)
+            except OSError as error:
+                hint = "Make room there, or name another folder by TMPDIR."
+                raise SetupError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
+            system.put_file(str(path), f"{root}/{name}")
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _reached(target: str) -> Iterator[None]:
+    """Name the address for whatever goes wrong there: each kind of store has errors of its own."""
+    try:
+        yield
+    except GmailError:
+        raise
     except (ImportError, ValueError) as error:
         raise SetupError(f"cannot open {target}: {error}", hint="Install the package of its protocol.") from error
-    try:
-        with tempfile.TemporaryDirectory() as local:
-            if system.exists(f"{root}/{EXPORTED}"):
-                raise UsageError(f"{target} is there already", hint="Name a new folder.")
-            if not _OBJECT_STORES & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
-                system.makedirs(root, exist_ok=True)
-            for name, write in files:
-                path = Path(local, name)
-                write(path)
-                system.put_file(str(path), f"{root}/{name}")
-                path.unlink()
-    except OSError as error:
+    except Exception as error:
         hint = "Check the address and the rights to write there."
         raise SetupError(f"cannot write {target}: {error}", hint=hint) from error

@@ -21,9 +21,9 @@ FEATURES = "features"
 """Not a command: what frozen towers make of image sets, kept for the stages that read it."""
 VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
-    "generate": 3,
+    "generate": 4,
     "align": 4,
-    "train": 3,
+    "train": 4,
     "embed": 4,
     "index": 2,
     "eval": 5,

@@ -51,6 +51,9 @@ ENCODED = {
 }
 """Pipelines whose text encodings are reused, and the arguments that take what their ``encode_prompt`` returns, in order
 (an empty name: nothing takes it)."""
+_UNEVEN = {"QwenImagePipeline": "\n{}<", "Lumina2Pipeline": "> {}"}
+"""Pipelines that pad the prompts of a batch to the longest, which moves the last bits of the others, and what stands
+around a prompt when they encode it. They are given prompts of one number of tokens."""
 
 
 class BatchTooLargeError(SetupError):
@@ -145,10 +148,19 @@ class Sampler:
         self._encodings: _Encodings | None = None
         self.reuses_encodings = type(pipeline).__name__ in ENCODED
         self.accepted = inspect.signature(pipeline.__call__).parameters
-        guides = "negative_prompt" in self.accepted and "true_cfg_scale" not in self.accepted  # FLUX: by another scale
+        kind = type(pipeline).__name__
+        scales = [name for name in ("true_cfg_scale", "guidance_scale") if name in self.accepted]
+        if not scales:
+            raise UsageError(
+                f"generate.model: a {kind} takes no guidance scale, so it cannot be told generate.guidance",
+                hint="take another model",
+            )
+        # FLUX reads its scale as an input, beside that of a negative prompt; Qwen-Image has only the latter
+        self.guidance_name = scales[-1] if kind.startswith("Flux") else scales[0]
+        guides = "negative_prompt" in self.accepted and self.guidance_name == scales[0]
         if sampling.negative_prompt and not guides:
             raise UsageError(
-                f"generate.negative_prompt: {type(pipeline).__name__} takes no negative prompt",
+                f"generate.negative_prompt: {kind} takes no negative prompt",
                 hint="set generate.negative_prompt to an empty string",
             )
         self.windows: Windows | None = None
@@ -199,14 +211,31 @@ class Sampler:
             if ready:
                 yield ready
 
+    @property
+    def text_length(self) -> int:
+        """Tokens that T5 or Gemma reads of a prompt; 0 where the pipeline has no setting for it."""
+        if "max_sequence_length" not in self.accepted:
+            return 0
+        flux = type(self.pipeline).__name__ in ("FluxPipeline", "FluxImg2ImgPipeline")
+        if flux and not self.pipeline.transformer.config.guidance_embeds:
+            return 256  # FLUX.1 schnell, which its authors' own code gives so many
+        return self.accepted["max_sequence_length"].default or 0
+
+    def _alike(self, prompt: str) -> int:
+        """What the prompts of one batch must have in common: the number of windows, or of tokens."""
+        if self.windows:
+            return self.windows.count(prompt)
+        around = _UNEVEN.get(type(self.pipeline).__name__)
+        return len(self.pipeline.tokenizer(around.format(prompt)).input_ids) if around else 1
+
     def _batches(self, jobs: Sequence[Job], rows: range) -> Iterator[list[int]]:
-        """Which rows are drawn together: the first that is left and the next with as many windows."""
+        """Which rows are drawn together: the first that is left and the next that are `_alike`."""
         size, left, ahead = self.sampling.batch_size, list[int](), rows.start
         while left or ahead < rows.stop:
             edge = min((left[0] if left else ahead) + REACH * size, rows.stop)
             left += range(ahead, edge)
             ahead = max(ahead, edge)
-            counts = [self.windows.count(jobs[row].prompt) if self.windows else 1 for row in left]
+            counts = [self._alike(jobs[row].prompt) for row in left]
             batch = [row for row, count in zip(left, counts, strict=True) if count == counts[0]][:size]
             yield batch
             left = [row for row in left if row not in batch]
@@ -290,7 +319,7 @@ class Sampler:
             return self.pipeline(
                 **given,
                 num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
+                **{self.guidance_name: sampling.guidance},
                 generator=[
                     torch.Generator().manual_seed(derived_seed(job, seed=sampling.seed, attempt=attempt))
                     for job, attempt in rows
@@ -337,9 +366,9 @@ class Sampler:
             for number in ("", "_2", "_3")
         ]
         limits = [tokenizer.model_max_length if tokenizer is not None else 0 for tokenizer, _ in parts]
-        if "max_sequence_length" in self.accepted:  # the last tokenizer's, T5 or Gemma; it does not ask that one's own
-            last = max(number for number, (tokenizer, _) in enumerate(parts) if tokenizer is not None)
-            limits[last] = self.accepted["max_sequence_length"].default
+        if self.text_length:  # the last tokenizer's, T5 or Gemma; it does not ask that one's own
+            last = [hasattr(self.pipeline, f"tokenizer{number}") for number in ("", "_2", "_3")].count(True) - 1
+            limits[last] = self.text_length
         # a tokenizer whose encoder was left out, as SD3's T5 often is, reads nothing
         reading = [
             (tokenizer, limit)
@@ -376,8 +405,12 @@ class _Encodings:
         sampling = self._sampler.sampling
         if not self._sampler.reuses_encodings:
             given: dict[str, Any] = {"prompt": list(prompts)}
-            if sampling.guidance > 1 and sampling.negative_prompt:
-                given["negative_prompt"] = [sampling.negative_prompt] * len(prompts)
+            # Qwen-Image does not guide without; its authors take one blank for none
+            negative = sampling.negative_prompt or (" " if self._sampler.guidance_name == "true_cfg_scale" else "")
+            if sampling.guidance > 1 and negative:
+                given["negative_prompt"] = [negative] * len(prompts)
+            if self._sampler.text_length:
+                given["max_sequence_length"] = self._sampler.text_length
             if "clean_caption" in self._sampler.accepted:  # a rewriting that depends on the packages installed
                 given["clean_caption"] = False
             return given
@@ -422,9 +455,10 @@ class _Encodings:
             "num_images_per_prompt": 1,
             **{name: None for name in ("prompt_2", "prompt_3") if name in accepted},
         }
-        for name in ("max_sequence_length", "complex_human_instruction"):
-            if name in accepted:
-                given[name] = self._sampler.accepted[name].default
+        if "max_sequence_length" in accepted:
+            given["max_sequence_length"] = self._sampler.text_length
+        if "complex_human_instruction" in accepted:
+            given["complex_human_instruction"] = self._sampler.accepted["complex_human_instruction"].default
         if "do_classifier_free_guidance" in accepted:
             given["do_classifier_free_guidance"] = sampling.guidance > 1 and not self._negative
             if sampling.negative_prompt:

@@ -26,7 +26,7 @@ from gmail_cli.components.clip_files import build_clip, tensors_digest
 from gmail_cli.components.encoders import Clip, text_features, text_features_by_length
 from gmail_cli.components.loop import Job
 from gmail_cli.components.pairs import Pairs
-from gmail_cli.components.tasks import LARGEST_SCALE, contrastive_loss, export_clip, quick_attention
+from gmail_cli.components.tasks import export_clip, image_text_loss, quick_attention
 from gmail_cli.errors import InputError, UsageError
 
 ShortTexts: TypeAlias = Literal["captions", "sentences", "both"]
@@ -177,7 +177,7 @@ def long_clip_job(
     """
     model = copy.deepcopy(clip.model)
     for name, parameter in model.named_parameters():
-        fixed = name.startswith("visual.") or name == "logit_bias"
+        fixed = name.startswith("visual.")
         fixed |= teacher is not None and name.endswith("positional_embedding")
         parameter.requires_grad_(not fixed)
     heard = None if teacher is None else teacher.tokenize(pairs.texts).ids.to(torch.int32)
@@ -203,28 +203,23 @@ def long_clip_job(
         assert arm is not None
         drawn, _ = arm.draw(rows)
         images = drawn.to(clip.device)
-        scale = model.logit_scale.exp().clamp(max=LARGEST_SCALE).reshape(())
-        value, accuracy = contrastive_loss(
-            images,
-            embed(longs[rows]),
-            scale=scale,
-            positives=pairs.same_text(rows).to(images.device),
-            excluded=pairs.siblings(rows).to(images.device),
+        value, told = image_text_loss(
+            model, images, embed(longs[rows]), positives=pairs.same_text(rows), excluded=pairs.siblings(rows)
         )
-        told = {"accuracy": accuracy, "temperature": 1 / scale.detach()}
         if brief is None:
             return value, told
         texts = brief.draw(rows)
         same = texts[:, None] == texts[None, :]
         owners = pairs.owners[rows]
-        short, right = contrastive_loss(
+        short, brief_told = image_text_loss(
+            model,
             coarse(images, components=components) if components else images,
             embed(brief.ids[texts]),
-            scale=scale,
-            positives=same.to(images.device),
-            excluded=((owners[:, None] == owners[None, :]) & ~same).to(images.device),
+            positives=same,
+            excluded=(owners[:, None] == owners[None, :]) & ~same,
         )
-        return value + short_weight * short, {**told, "short_loss": short.detach(), "short_accuracy": right}
+        told |= {"short_loss": short.detach(), "short_accuracy": brief_told["accuracy"]}
+        return value + short_weight * short, told
 
     def export(folder: Path) -> None:
         export_clip(clip, model, folder)

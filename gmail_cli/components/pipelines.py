@@ -3,6 +3,7 @@ that begins with an image."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipelin
 _DISTILLED = ("LCMScheduler", "TCDScheduler")
 """Schedulers of distilled models: they take the place of those that diffusers calls compatible with one another, though
 not on its lists."""
+_DOWN = re.compile(r"\.lora_A\.|[._]lora\.down\.|\.lora_linear_layer\.down\.")
+"""The names of LoRA weights, one for each module."""
+_VARIANTS = ("fp16", "bf16")
+"""Names that files of weights carry before their ending where a repository has a lighter set of them, or no other."""
+_WEIGHTLESS = ("`safetensors` weights", "no file named", "no such modeling files")
+"""How diffusers says that weights are not there."""
 
 
 def load_pipeline(
@@ -45,9 +52,9 @@ def load_pipeline(
 
     Raises:
         InputError: A folder that is not a pipeline; LoRA weights that are missing or not made for it.
-        SetupError: A hub id that cannot be loaded here; no compiler.
-        UsageError: A scheduler that does not suit the pipeline, a dtype that does not suit the device, or a family
-            that cannot begin with an image.
+        SetupError: A hub id that cannot be loaded here, a pipeline that diffusers lacks; no compiler.
+        UsageError: A scheduler that does not suit the pipeline, a dtype that does not suit the device, a family
+            that cannot begin with an image, or one that cannot begin without.
     """
     import diffusers
     import torch
@@ -69,18 +76,24 @@ def load_pipeline(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # how diffusers calls its hub
             config = diffusers.DiffusionPipeline.load_config(place, **options)
+            _require_class(config, model=model)
+            options |= {name: None for name, kind in config.items() if kind == [None, None]}  # as SD3's T5 often is
             if "safety_checker" in config:
                 options |= {"safety_checker": None, "requires_safety_checker": False}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                place, dtype=getattr(torch, dtype), use_safetensors=True, **options
-            )
+            pipeline = _load(place, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         if failure := import_failure(error):
             raise failure from error
         if folder:
             raise InputError(
                 f"generate.model = {model!r} is not a complete diffusers pipeline: {first_line(error)}",
-                hint="save it again with pipeline.save_pretrained(folder, safe_serialization=True)",
+                hint="save it again with pipeline.save_pretrained(folder, safe_serialization=True): .bin files are "
+                "pickles, which are not read",
+            ) from error
+        if _weightless(error):
+            raise SetupError(
+                f"generate.model = {model!r} lacks weights in .safetensors files for a part of the pipeline",
+                hint="take another repository or revision of the model; .bin files are pickles, which are not read",
             ) from error
         reason, hint = hub.explain(error, model, revision=revision)
         raise SetupError(f"generate.model = {model!r} cannot be loaded: {reason}", hint=hint) from error
@@ -88,12 +101,74 @@ def load_pipeline(
         pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
     if lora:
         _add_lora(pipeline, lora, scale=lora_scale)
-    if image_to_image:
-        pipeline = _image_to_image(pipeline)
+    pipeline = _image_to_image(pipeline) if image_to_image else _text_to_image(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline = pipeline.to(device)
     if compiled:
         compilation.compile_blocks(getattr(pipeline, "unet", None) or pipeline.transformer)
+    return pipeline
+
+
+def _require_class(config: dict[str, Any], *, model: str) -> None:
+    """Check that diffusers has the pipeline that a ``model_index.json`` names.
+
+    Raises:
+        SetupError: It has not, or the pipeline is code that comes with the model.
+    """
+    import diffusers
+
+    kind = config.get("_class_name")
+    if not isinstance(kind, str):
+        raise SetupError(
+            f"generate.model = {model!r} draws by code of its own ({kind}), which is not run",
+            hint="take a model that one of diffusers' own pipelines draws with",
+        )
+    if not hasattr(diffusers, kind):
+        raise SetupError(
+            f"generate.model = {model!r} is a {kind}, which diffusers {diffusers.__version__} does not have",
+            hint="install a diffusers that has it, or take another model",
+        )
+
+
+def _load(place: str, *, variants: tuple[str, ...] = _VARIANTS, **options: Any) -> Any:
+    """The pipeline with its plain weights or, where it has none, with those of the first variant that it has.
+
+    Raises:
+        OSError, ValueError, ImportError, RuntimeError: As diffusers has it; without any weights, of the plain ones.
+    """
+    import diffusers
+
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        if not variants or not _weightless(error):
+            raise
+        try:
+            return _load(place, variants=variants[1:], **options | {"variant": variants[0]})
+        except (OSError, ValueError) as other:
+            raise (error if _weightless(other) else other) from None
+
+
+def _weightless(error: Exception) -> bool:
+    return any(each in str(error) for each in _WEIGHTLESS)
+
+
+def _text_to_image(pipeline: Any) -> Any:
+    """The pipeline, which begins with noise alone.
+
+    Raises:
+        UsageError: It needs an image.
+    """
+    from diffusers.pipelines import auto_pipeline
+
+    kind = type(pipeline)
+    drawing = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
+    others = (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING)
+    if kind not in drawing and any(kind in each.values() for each in others):
+        raise UsageError(
+            f"generate.model: its model_index.json names {kind.__name__}, which needs an image to begin with",
+            hint="take a model that draws from text alone; if its weights do, name the pipeline for that in the file",
+        )
     return pipeline
 
 
@@ -128,19 +203,30 @@ def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
-            adapted = any(pipeline.get_list_adapters().values())
-            pipeline.fuse_lora(lora_scale=scale)
-            pipeline.unload_lora_weights()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        adapted, reason = False, first_line(error)
+            given = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
+            pipeline.load_lora_weights(**given, use_safetensors=True)
+            network = getattr(pipeline, "unet", None)
+            read = pipeline.lora_state_dict(**given, use_safetensors=True, unet_config=network and network.config)
+            named = {name for name in (read[0] if isinstance(read, tuple) else read) if _DOWN.search(name)}
+            parts = pipeline.get_list_adapters()
+            adapted = sum(_adapted(getattr(pipeline, part)) for part in parts)
+            if adapted and adapted >= len(named):
+                pipeline.fuse_lora(components=list(parts), lora_scale=scale)
+                pipeline.unload_lora_weights()
+                return
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
+        reason = first_line(error) or "its shapes are not those of this model"
     else:
-        reason = "no module of the pipeline is in it"
-    if not adapted:
-        raise InputError(
-            f"generate.lora = {file!r} does not fit this {kind}: {reason}",
-            hint="name LoRA weights that were trained on this model and saved by pipeline.save_lora_weights",
-        )
+        reason = f"of the {len(named)} modules that it changes the pipeline has {adapted}"
+    raise InputError(
+        f"generate.lora = {file!r} does not fit this {kind}: {reason}",
+        hint="name LoRA weights that were trained on this model, in diffusers' or kohya's format",
+    )
+
+
+def _adapted(network: Any) -> int:
+    """How many modules of a network have LoRA weights."""
+    return sum(bool(len(getattr(module, "lora_A", ()))) for module in network.modules())
 
 
 def locate_lora(file: str) -> Path:

@@ -68,9 +68,61 @@ def contrastive_loss(
         log_shares = scores.log_softmax(dim=1).masked_fill(~positives, 0.0)
         return -(weights * log_shares).sum(dim=1).mean()
 
+    return (one_way(logits) + one_way(logits.T)) / 2, _first_is_right(logits, positives)
+
+
+def sigmoid_loss(
+    images: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    *,
+    scale: Tensor,
+    bias: Tensor,
+    positives: Bool[Tensor, "batch batch"],
+    excluded: Bool[Tensor, "batch batch"],
+) -> tuple[Tensor, Tensor]:
+    """SigLIP's loss (Zhai et al. 2023) with several positives, and the share of images that rank one of theirs first.
+
+    ``-1/batch sum_ij log sigmoid(z_ij (scale sim(i, j) + bias))`` over the pairs that are not excluded, z = 1 where
+    they fit and -1 elsewhere. Arguments as in `contrastive_loss`.
+    """
+    logits = scale * images @ texts.T + bias
+    judged = functional.logsigmoid(torch.where(positives, logits, -logits)).masked_fill(excluded, 0.0)
+    return -judged.sum() / len(logits), _first_is_right(logits.masked_fill(excluded, -torch.inf), positives)
+
+
+def _first_is_right(logits: Tensor, positives: Tensor) -> Tensor:
     best = logits.detach().argmax(dim=1, keepdim=True)
-    accuracy = positives.gather(1, best).float().mean()
-    return (one_way(logits) + one_way(logits.T)) / 2, accuracy
+    return positives.gather(1, best).float().mean()
+
+
+def image_text_loss(
+    model: Any,
+    images: Float[Tensor, "batch dim"],
+    texts: Float[Tensor, "batch dim"],
+    *,
+    positives: Bool[Tensor, "batch batch"],
+    excluded: Bool[Tensor, "batch batch"],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss that a model was made for, and the figures of its step: SigLIP's where it has a bias, CLIP's otherwise.
+
+    Args:
+        model: Has ``logit_scale`` (a logarithm) and perhaps ``logit_bias``, as open_clip's and transformers' have.
+        images: Unit image embeddings.
+        texts: Unit text embeddings.
+        positives: See `contrastive_loss`.
+        excluded: The same.
+    """
+    scale, bias = (
+        model.logit_scale.exp().reshape(()),
+        getattr(model, "logit_bias", None),
+    )  # transformers: vectors of one
+    given: dict[str, Any] = {"positives": positives.to(images.device), "excluded": excluded.to(images.device)}
+    if bias is None:
+        scale = scale.clamp(max=LARGEST_SCALE)
+        value, accuracy = contrastive_loss(images, texts, scale=scale, **given)
+    else:
+        value, accuracy = sigmoid_loss(images, texts, scale=scale, bias=bias.reshape(()), **given)
+    return value, {"accuracy": accuracy, "temperature": 1 / scale.detach()}
 
 
 class _Texts:
@@ -100,13 +152,13 @@ def clip_text_job(clip: Clip, pairs: Pairs, arm: Arm | None) -> Job:
     """Train the text tower against frozen image embeddings (paper, 3.1 and appendix C).
 
     Args:
-        clip: f_r; stays as it is. Its inverse temperature is trained with the text tower.
+        clip: f_r; stays as it is. Its inverse temperature, and SigLIP's bias, are trained with the text tower.
         pairs: The captions.
         arm: Image embeddings; None to export f_r's own text tower.
     """
     model = copy.deepcopy(clip.model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith("visual.") and name != "logit_bias")
+        parameter.requires_grad_(not name.startswith("visual."))
     texts = _Texts(clip, pairs)
 
     def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -114,7 +166,8 @@ def clip_text_job(clip: Clip, pairs: Pairs, arm: Arm | None) -> Job:
         images, _ = arm.draw(rows)
         with quick_attention(clip.device):
             embedded = texts.embed(model, rows, device=clip.device)
-        return _contrast(model, images.to(clip.device), embedded, pairs, rows)
+        same, siblings = pairs.same_text(rows), pairs.siblings(rows)
+        return image_text_loss(model, images.to(clip.device), embedded, positives=same, excluded=siblings)
 
     def export(folder: Path) -> None:
         export_clip(clip, model, folder)
@@ -189,7 +242,8 @@ def clip_job(
             images = parallel.gather(own, rows=len(rows))
             embedded = texts.embed(model, rows, device=clip.device)
             names = None if prompts is None else text_features(model, prompts.to(clip.device))
-        value, told = _contrast(model, images, embedded, pairs, rows)
+        same, siblings = pairs.same_text(rows), pairs.siblings(rows)
+        value, told = image_text_loss(model, images, embedded, positives=same, excluded=siblings)
         if names is None:
             return value, told
         scores = model.logit_scale.exp().clamp(max=LARGEST_SCALE) * images @ functional.normalize(names.float()).T
@@ -218,20 +272,6 @@ def augmented(pixels: UInt8[Tensor, "batch size size 3"], augment: Augment) -> U
     if augment == "crop-flip":
         across = torch.where(torch.rand(count, 1) < 0.5, across.flip(1), across)
     return pixels[torch.arange(count)[:, None, None], down[:, :, None], across[:, None, :]]
-
-
-def _contrast(
-    model: Any, images: Tensor, texts: Tensor, pairs: Pairs, rows: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    scale = model.logit_scale.exp().clamp(max=LARGEST_SCALE).reshape(())  # transformers' SigLIP has a vector of one
-    value, accuracy = contrastive_loss(
-        images,
-        texts,
-        scale=scale,
-        positives=pairs.same_text(rows).to(images.device),
-        excluded=pairs.siblings(rows).to(images.device),
-    )
-    return value, {"accuracy": accuracy, "temperature": 1 / scale.detach()}
 
 
 def export_clip(clip: Clip, model: Any, folder: Path) -> None:

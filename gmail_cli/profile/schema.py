@@ -221,7 +221,7 @@ class Train(Section):
     trains cells without and with."""
     architecture: str = ""
     """`clip`: open_clip config to train from random weights: a JSON file (here, or a shipped one), or a name such as
-    ViT-B-32; empty fine-tunes f_r."""
+    ViT-B-32; empty fine-tunes f_r. One with `init_logit_bias` is trained by SigLIP's loss."""
     vocabulary: Annotated[int, Field(ge=0)] = 0
     """`clip` from random weights: entries of a tokenizer learned from the captions; 0 takes CLIP's own."""
     augment: Literal["none", "crop", "crop-flip"] = "none"

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
-from gmail_cli.errors import InputError, SetupError
+from gmail_cli.errors import GmailError, InputError, SetupError
+
+_Result = TypeVar("_Result")
+_Given = ParamSpec("_Given")
+
+
+def _reached(
+    method: Callable[Concatenate[Remote, _Given], _Result],
+) -> Callable[Concatenate[Remote, _Given], _Result]:
+    """Name the address for what goes wrong there: stores have errors of their own beside those of files."""
+
+    @functools.wraps(method)
+    def called(self: Remote, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
+        try:
+            return method(self, *given, **named)
+        except (GmailError, OSError):
+            raise
+        except Exception as error:
+            hint = "Check the address, the network and what you are allowed to read there."
+            raise SetupError(f"cannot read {self.url}: {error}", hint=hint) from error
+
+    return called
 
 
 @functools.total_ordering
@@ -68,31 +90,37 @@ class Remote:
         """The path below ``folder``."""
         return PurePosixPath(self._where[1]).relative_to(folder._where[1])
 
+    @_reached
     def exists(self) -> bool:
         """Whether there is such a file or folder."""
         system, path = self._where
         return bool(system.exists(path))
 
+    @_reached
     def is_file(self) -> bool:
         """Whether it is a file."""
         system, path = self._where
         return bool(system.isfile(path))
 
+    @_reached
     def is_dir(self) -> bool:
         """Whether it is a folder."""
         system, path = self._where
         return bool(system.isdir(path))
 
+    @_reached
     def open(self, mode: str = "rb") -> Any:
         """A stream of its bytes."""
         system, path = self._where
         return system.open(path, mode)
 
+    @_reached
     def read_bytes(self) -> bytes:
         """Its bytes."""
         system, path = self._where
         return bytes(system.cat_file(path))
 
+    @_reached
     def read_range(self, start: int, stop: int) -> bytes:
         """Some of its bytes."""
         system, path = self._where
@@ -102,17 +130,20 @@ class Remote:
         """Its text."""
         return self.read_bytes().decode(encoding)
 
+    @_reached
     def glob(self) -> list[Remote]:
         """The files and folders that it names as a pattern."""
         system, path = self._where
         return [Remote(system.unstrip_protocol(each)) for each in system.glob(path)]
 
+    @_reached
     def children(self, suffix: str) -> list[Remote]:
         """What lies in the folder and ends in ``suffix``."""
         system, path = self._where
         found = system.ls(path, detail=False)
         return [Remote(system.unstrip_protocol(each)) for each in found if each.endswith(suffix)]
 
+    @_reached
     def files(self) -> list[Remote]:
         """Every file below."""
         system, path = self._where

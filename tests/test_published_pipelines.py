@@ -1,0 +1,203 @@
+"""Pipelines and LoRA weights as their authors publish them, beyond what `save_pretrained` writes by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_pipelines
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gmail_cli.components import diffusion, pipelines
+from gmail_cli.errors import InputError, SetupError, UsageError
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+SAMPLING = diffusion.Sampling(steps=2, guidance=3.0, batch_size=2, height=32, width=32)
+WORDS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+JOBS = [diffusion.Job(noun, f"a {noun}", 0) for noun in ("cat", "elephant", "dog")]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a small pipeline."""
+    root = tmp_path_factory.mktemp("published")
+
+    def found(kind: str) -> Path:
+        return root / kind if (root / kind).exists() else small_pipelines.save(kind, root / kind)
+
+    return found
+
+
+def drawn(pipeline: Any, jobs: list[diffusion.Job] = JOBS, **changed: Any) -> list[diffusion.Drawn]:
+    sampler = diffusion.Sampler(pipeline, sampling=dataclasses.replace(SAMPLING, **changed))
+    return [each for batch in sampler.draw(jobs) for each in batch]
+
+
+def pixels(pipeline: Any, **changed: Any) -> list[bytes]:
+    return [each.pixels.tobytes() for each in drawn(pipeline, **changed)]
+
+
+def floats(pipeline: Any, jobs: list[diffusion.Job]) -> dict[diffusion.Job, Tensor]:
+    """What the pipeline returns, before it is rounded to bytes."""
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    call, found = sampler._call, {}
+
+    def recorded(rows: Any, encode: Any) -> Any:
+        images = call(rows, encode)
+        found.update(zip([job for job, _ in rows], images, strict=True))
+        return images
+
+    sampler._call = recorded  # type: ignore[method-assign]
+    list(sampler.draw(jobs))
+    return found
+
+
+# -- repositories ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sharded", "partly"), [(False, True), (True, False)])
+def test_weights_that_are_there_as_a_variant_only(
+    folder: Callable[[str], Path], tmp_path: Path, sharded: bool, partly: bool
+) -> None:
+    plain = pipelines.load_pipeline(str(folder("sdxl")))
+    plain.save_pretrained(tmp_path / "fp16", variant="fp16", **({"max_shard_size": "20KB"} if sharded else {}))
+    if partly:
+        shutil.rmtree(tmp_path / "fp16" / "vae")
+        shutil.copytree(folder("sdxl") / "vae", tmp_path / "fp16" / "vae")
+    assert any(".fp16" in path.name for path in (tmp_path / "fp16").rglob("*.safetensors"))
+    assert pixels(pipelines.load_pipeline(str(tmp_path / "fp16"))) == pixels(plain)
+
+
+def edited(place: Path, target: Path, **changed: Any) -> str:
+    """A copy with another ``model_index.json``."""
+    shutil.copytree(place, target)
+    index = target / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changed))
+    return str(target)
+
+
+def test_pipelines_that_cannot_be_drawn_with_are_named(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    sd1 = folder("sd1")
+    with pytest.raises(SetupError, match=r"is a NextPipeline, which diffusers \d\S* does not have"):
+        pipelines.load_pipeline(edited(sd1, tmp_path / "next", _class_name="NextPipeline"))
+    with pytest.raises(SetupError, match="draws by code of its own"):
+        pipelines.load_pipeline(edited(sd1, tmp_path / "own", _class_name=["pipeline", "OwnPipeline"]))
+    with pytest.raises(UsageError, match="StableDiffusionInpaintPipeline, which needs an image"):
+        pipelines.load_pipeline(edited(sd1, tmp_path / "hole", _class_name="StableDiffusionInpaintPipeline"))
+    pickled = Path(edited(sd1, tmp_path / "pickled"))
+    (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors") as told:
+        pipelines.load_pipeline(str(pickled))
+    assert "pickles" in str(told.value.hint)
+
+
+def test_sd3_that_was_saved_without_its_t5(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    parts = pipelines.load_pipeline(str(folder("sd3"))).components
+    StableDiffusion3Pipeline(**parts | {"text_encoder_3": None, "tokenizer_3": None}).save_pretrained(tmp_path / "sd3")
+    pipeline = pipelines.load_pipeline(str(tmp_path / "sd3"))
+    assert pipeline.text_encoder_3 is None
+    jobs = [diffusion.Job("fits", "a b c", 0), diffusion.Job("cut", "a" * 40, 0)]  # CLIP reads 32 here
+    assert [each.truncated for each in drawn(pipeline, jobs)] == [False, True]
+
+
+# -- what some pipelines do otherwise --------------------------------------------------------------------------
+
+
+def test_flux_schnell_reads_as_many_tokens_as_its_authors_give_it(folder: Callable[[str], Path]) -> None:
+    pipeline = pipelines.load_pipeline(str(folder("flux-schnell")))
+    told: list[int] = []
+    pipeline.text_encoder_2.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0].shape[1]))
+    drawn(pipeline, height=16, width=16)
+    assert set(told) == {256}
+
+
+def test_qwen_image_is_guided_and_led_away(folder: Callable[[str], Path]) -> None:
+    pipeline = pipelines.load_pipeline(str(folder("qwen-image")))
+    several = [pixels(pipeline, guidance=scale) for scale in (1.0, 3.0, 6.0)]
+    several.append(pixels(pipeline, negative_prompt="bad"))
+    assert len({images[0] for images in several}) == 4
+
+
+def test_qwen_image_gives_an_image_that_no_longer_prompt_beside_it_moves(folder: Callable[[str], Path]) -> None:
+    """It pads to the longest prompt of a batch, which moves the last bits of the others."""
+    pipeline = pipelines.load_pipeline(str(folder("qwen-image")))
+    together, alone = floats(pipeline, JOBS), floats(pipeline, JOBS[:1])
+    assert torch.equal(together[JOBS[0]], alone[JOBS[0]])
+    assert together.keys() == set(JOBS)
+
+
+# -- LoRA ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def lora(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A file of LoRA weights of denoiser and CLIP text encoders, in diffusers' format."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    def made(kind: str) -> Path:
+        target = tmp_path_factory.mktemp(f"lora-{kind}")
+        pipeline = pipelines.load_pipeline(str(folder(kind)))
+        torch.manual_seed(1)
+        layers = {}
+        for name in ("unet", "transformer", "text_encoder"):
+            if (part := getattr(pipeline, name, None)) is not None:
+                modules = WORDS if name == "text_encoder" else ["to_q", "to_v"]
+                part.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=modules, init_lora_weights=False))
+                layers[f"{name}_lora_layers"] = get_peft_model_state_dict(part)
+        pipeline.save_lora_weights(target, **layers)
+        return target / "pytorch_lora_weights.safetensors"
+
+    return made
+
+
+@pytest.mark.parametrize("kind", ["sd1", "flux"])
+def test_a_lora_of_the_text_encoder_is_added_too(
+    kind: str, folder: Callable[[str], Path], lora: Callable[[str], Path]
+) -> None:
+    file, size = lora(kind), {"height": 16, "width": 16}
+    merged = pipelines.load_pipeline(str(folder(kind)), lora=str(file))
+    beside = pipelines.load_pipeline(str(folder(kind)))
+    beside.load_lora_weights(str(file.parent), weight_name=file.name)
+    assert pixels(merged, **size) == pixels(beside, **size)
+    words = {name: each for name, each in load_file(file).items() if name.startswith("text_encoder")}
+    save_file(words, file.with_name("words.safetensors"))
+    told = pipelines.load_pipeline(str(folder(kind)), lora=str(file.with_name("words.safetensors")))
+    assert pixels(told, **size)[0] != pixels(pipelines.load_pipeline(str(folder(kind))), **size)[0]
+
+
+def test_a_lora_in_the_format_of_kohya(folder: Callable[[str], Path], lora: Callable[[str], Path]) -> None:
+    file = lora("sd1")
+    renamed = {}
+    for name, weights in load_file(file).items():
+        part, _, rest = name.partition(".")
+        module, side, _ = rest.rpartition(".lora_A.") if ".lora_A." in rest else rest.rpartition(".lora_B.")
+        module = f"lora_unet.{module}" if part == "unet" else f"lora_te.text_model.{module}"
+        where = module.replace(".", "_")
+        renamed[f"{where}.{'lora_down' if side == '.lora_A.' else 'lora_up'}.weight"] = weights
+        renamed[f"{where}.alpha"] = torch.tensor(2.0)
+    save_file(renamed, file.with_name("kohya.safetensors"))
+    one, other = (
+        pipelines.load_pipeline(str(folder("sd1")), lora=str(file.with_name(name)))
+        for name in (file.name, "kohya.safetensors")
+    )
+    assert pixels(one) == pixels(other)
+
+
+def test_a_lora_of_which_only_a_part_fits_is_refused(
+    folder: Callable[[str], Path], lora: Callable[[str], Path]
+) -> None:
+    """FLUX and Stable Diffusion have the same text encoder, and diffusers leaves out the rest without a word."""
+    for kind, other in (("flux", "sd1"), ("sd1", "flux")):
+        with pytest.raises(InputError, match=r"of the \d+ modules that it changes the pipeline has 8"):
+            pipelines.load_pipeline(str(folder(kind)), lora=str(lora(other)))
