@@ -24,8 +24,7 @@ import torch
 from gmail_cli.components import clip_files
 from gmail_cli.components.captions import read
 from gmail_cli.components.metrics.captioning import score_captions
-from gmail_cli.components.metrics.intervals import bootstrap_sums
-from gmail_cli.components.scores import mean_of
+from gmail_cli.components.metrics.intervals import bootstrap_sums, mean_of
 
 PROFILE = """name = "smol"
 stages = ["train", "embed", "eval"]

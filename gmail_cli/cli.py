@@ -33,7 +33,7 @@ from gmail_cli.cli_run import Context, change_index, estimate, run_all, run_stag
 from gmail_cli.cli_score import app as score_app
 from gmail_cli.cli_search import Flow
 from gmail_cli.cli_search import app as search_app
-from gmail_cli.errors import GmailError, UsageError
+from gmail_cli.errors import GmailError, UsageError, import_failure
 
 
 class _InterruptedError(Exception):
@@ -390,6 +390,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except Exception as error:
+        failure = import_failure(error)
+        if failure is None:
+            raise
+        _fail(failure)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ Exit codes: 0 done, 1 a bug, 2 bad usage or profile, 3 missing or corrupt input,
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+
 
 class GmailError(Exception):
     """An error to show to the user without a traceback.
@@ -48,3 +51,31 @@ class RegressionError(GmailError):
     """A metric that fell below its baseline by more than its tolerance (exit 5)."""
 
     exit_code = 5
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def import_failure(error: BaseException) -> SetupError | None:
+    """What to tell of an error that began in the import of a library, whatever was made of it on the way.
+
+    Returns:
+        None where it did not, or where the module is our own: that is a bug.
+    """
+    chain = list(causes(error))
+    frames = [frame for each in chain for frame, _ in traceback.walk_tb(each.__traceback__)]
+    running = [str(frame.f_globals.get("__name__")) for frame in frames if frame.f_code.co_name == "<module>"]
+    root = chain[-1]
+    missing = str(root.name) if isinstance(root, ImportError) and root.name else ""
+    name = missing if isinstance(root, ModuleNotFoundError) else ([missing or "__main__", *running][-1])
+    if {"__main__", "gmail_cli"} & {each.split(".")[0] for each in (name, missing)}:
+        return None
+    said = ": ".join(filter(None, (type(root).__name__, str(root).strip().partition("\n")[0])))
+    hint = "Let the process take more memory (see `ulimit -v`), or install that package again."
+    if isinstance(root, ModuleNotFoundError):
+        hint = "Install the package that it is part of."
+    return SetupError(f"{name} cannot be imported: {said}", hint=hint)

@@ -261,6 +261,54 @@ def test_wrong_input_is_told_in_full(told: Callable[..., str], command: str) -> 
     assert told(*shlex.split(command)) == WRONG[command]
 
 
+BROKEN_IMPORT = """
+import importlib.util, sys
+from gmail_cli.cli import main
+
+class Broken:
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == {module!r} else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec({content!r}, module.__dict__)
+
+sys.meta_path.insert(0, Broken())
+main()
+"""
+PIPELINES = "diffusers.pipelines.pipeline_utils"
+
+
+@pytest.mark.parametrize(
+    ("module", "content", "code", "said"),
+    [
+        (
+            "torch",
+            "raise ImportError('no room')",
+            4,
+            "torch cannot be imported: ImportError: no room",
+        ),
+        ("torch", "import lacking", 4, "lacking cannot be imported: ModuleNotFoundError: No module named 'lacking'"),
+        (PIPELINES, "raise MemoryError", 4, f"{PIPELINES} cannot be imported: MemoryError\nhint: Let the process"),
+        ("gmail_cli.components.diffusion", "raise MemoryError", 1, "MemoryError"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_told_as_that(
+    module: str, content: str, code: int, said: str, tmp_path: Path
+) -> None:
+    """Whatever part of a library is imported when; a module of our own is a bug, with its traceback."""
+    script = BROKEN_IMPORT.format(module=module, content=content)
+    (tmp_path / "captions.txt").write_text("a cat")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, "generate", "--captions", "captions.txt", "--set=generate.steps=1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
+    assert f"{'error: ' * (code != 1)}{said}" in done.stderr
+
+
 def test_doctor_sees_that_the_workspace_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     assert f"{tmp_path / 'runs'} is a file, not a folder: " in examine(tmp_path / "runs")["storage"]["workspace"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gmail_cli.components import hub, rotary, transformers_models
 from gmail_cli.components.encoders import Clip, Precision
 from gmail_cli.components.images import Preprocess
-from gmail_cli.errors import InputError, SetupError, UsageError
+from gmail_cli.errors import InputError, SetupError, UsageError, import_failure
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -272,7 +272,8 @@ def _load_folder(folder: Path, *, name: str, device: str | torch.device, precisi
             else:
                 model = open_clip.create_model(f"local-dir:{folder}")
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be loaded by open_clip: {error}", hint="Check model.clip.") from error
+        wrong = InputError(f"{folder} cannot be loaded by open_clip: {error}", hint="Check model.clip.")
+        raise import_failure(error) or wrong from error
     digest = model_digest(folder)
     return _clip(model, tokenizer, config, name=name, digest=digest, device=device, precision=precision)
 

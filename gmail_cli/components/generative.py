@@ -22,6 +22,7 @@ from torch.nn import functional
 from gmail_cli.components.arms import Arm
 from gmail_cli.components.loop import Job, seed_from
 from gmail_cli.components.pairs import Pairs
+from gmail_cli.components.tasks import quick_attention
 from gmail_cli.components.tokenizer import save_tokenizer
 from gmail_cli.errors import InputError, UsageError
 
@@ -289,7 +290,7 @@ def latent_diffusion_job(
         noise = torch.randn(clean.shape).to(device)
         level = torch.sigmoid(torch.randn(len(rows), 1, 1, 1)).to(device)
         noisy = torch.lerp(clean.to(device), noise, level).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), _plain_attention(device):
+        with torch.no_grad(), quick_attention(device):
             states = encoder(tokens.to(device)).last_hidden_state
         answer = model(noisy, 1000 * level.flatten(), states).sample
         return functional.mse_loss(answer, noise - clean.to(device)), {}
@@ -355,7 +356,7 @@ def causal_lm_job(pairs: Pairs, *, tokenizer: PreTrainedTokenizerBase, seed: int
     texts = _token_table(tokenizer, pairs.texts)
 
     def loss(rows: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        with _plain_attention(device):
+        with quick_attention(device):
             return next_token_loss(model, texts[rows].to(device), end=int(end)), {}
 
     def export(folder: Path) -> None:
@@ -383,18 +384,6 @@ def _seeded(*parts: int | str) -> Iterator[None]:
     """Initial parameters as a function of ``parts``, leaving the global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from("initial", *parts))
-        yield
-
-
-@contextmanager
-def _plain_attention(device: torch.device) -> Iterator[None]:
-    """On a CPU, matrix products and a softmax: several times faster backwards than the fused kernel."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if device.type != "cpu":
-        yield
-        return
-    with sdpa_kernel([SDPBackend.MATH]):
         yield
 
 

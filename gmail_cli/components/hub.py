@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
 from gmail_cli.errors import InputError
+
+from gmail_cli.errors import causes
 
 
 def fetch(repository: str, *, revision: str, weights: Sequence[str]) -> Path:
@@ -57,7 +59,7 @@ def explain(error: BaseException, repository: str, *, revision: str) -> tuple[st
     """Why a repository could not be loaded, and what to do about it: a message without its subject, and a hint."""
     from huggingface_hub import errors
 
-    chain = list(_causes(error))
+    chain = list(causes(error))
 
     def is_a(*kinds: type[BaseException]) -> bool:
         return any(isinstance(each, kinds) for each in chain)
@@ -76,9 +78,3 @@ def explain(error: BaseException, repository: str, *, revision: str) -> tuple[st
     if is_a(errors.LocalEntryNotFoundError, ConnectionError):
         return "the hub cannot be reached, and its cache does not hold all of it", hint
     return (str(error).splitlines() or [type(error).__name__])[0], hint
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gmail_cli.components import hub
-from gmail_cli.errors import InputError, SetupError, UsageError
+from gmail_cli.errors import InputError, SetupError, UsageError, import_failure
 
 SHIPPED = Path(__file__).resolve().parent.parent / "weights" / "tiny" / "pipeline"
 _DISTILLED = ("LCMScheduler", "TCDScheduler")
@@ -84,6 +84,8 @@ def load_pipeline(
                 options |= {"safety_checker": None, "requires_safety_checker": False}
             pipeline = _load(place, dtype=getattr(torch, dtype), use_safetensors=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if failure := import_failure(error):
+            raise failure from error
         if folder:
             raise InputError(
                 f"generate.model = {model!r} is not a complete diffusers pipeline: {first_line(error)}",

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from gmail_cli.components import hub
 from gmail_cli.components.images import decode
-from gmail_cli.errors import InputError, SetupError, UsageError
+from gmail_cli.errors import InputError, SetupError, UsageError, import_failure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +126,8 @@ def load_checker(ref: str, *, revision: str = "", label: str = "", device: str |
         if told["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(told['missing_keys'])[:3])}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if failure := import_failure(error):
+            raise failure from error
         if folder:
             raise InputError(
                 f"generate.safety_checker = {ref!r} is no safety checker or image classifier: "

@@ -24,6 +24,7 @@ from gmail_cli.components.metrics.intervals import (
     bootstrap_sums,
     difference_of_sums,
     holm,
+    mean_of,
     require_same_queries,
     seed_summary,
     total,
@@ -63,11 +64,6 @@ def headlines(protocol: str) -> tuple[str, ...]:
 
 
 Statistic: TypeAlias = Callable[[Float[np.ndarray, "draws columns"]], Float[np.ndarray, " draws"]]
-
-
-def mean_of(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
-    """The mean, from the sums of (value, 1)."""
-    return sums[:, 0] / sums[:, 1]
 
 
 def mean_over_classes(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:

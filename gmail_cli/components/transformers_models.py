@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gmail_cli.components import hub
 from gmail_cli.components.images import Interpolation, Preprocess
-from gmail_cli.errors import InputError, UsageError
+from gmail_cli.errors import InputError, UsageError, import_failure
 
 CONFIG_FILE = "config.json"
 PREPROCESS_FILE = "preprocessor_config.json"
@@ -240,7 +240,8 @@ def load(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Tokenizer 
         if kind in JOINT:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be loaded by transformers: {error}", hint="Check model.clip.") from error
+        wrong = InputError(f"{folder} cannot be loaded by transformers: {error}", hint="Check model.clip.")
+        raise import_failure(error) or wrong from error
     size = int(config["preprocess_cfg"]["size"])
     if tokenizer is None:
         if kind == "vit":

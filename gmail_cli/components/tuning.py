@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from gmail_cli.components.clip_files import digest_in_memory
 from gmail_cli.components.encoders import Clip
 from gmail_cli.components.transformers_models import Visual
-from gmail_cli.errors import InputError, UsageError
+from gmail_cli.errors import InputError, UsageError, import_failure
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -99,11 +99,6 @@ class TunedTower(nn.Module):
                 [checkpoint(embed, part, use_reentrant=False, preserve_rng_state=False) for part in pixels.split(chunk)]
             )
         return nn.functional.normalize(features.float(), dim=-1)
-
-    @property
-    def trained(self) -> int:
-        """Number of trained parameters."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
 def lora_targets(visual: nn.Module) -> tuple[str, ...]:
@@ -291,7 +286,8 @@ def load_peft(model: nn.Module, folder: Path, *, name: str, hint: str) -> PeftMo
             warnings.simplefilter("error", UserWarning)  # peft only warns of weights it misses
             return PeftModel.from_pretrained(model, str(folder))
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning, SafetensorError) as error:
-        raise InputError(f"{folder} holds no adapter for {name}: {error}", hint=hint) from error
+        wrong = InputError(f"{folder} holds no adapter for {name}: {error}", hint=hint)
+        raise import_failure(error) or wrong from error
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ Track = Callable[[str, Sequence[Mapping[str, float]]], None]
 
 def plan_key(profile: Profile, *, generated: str) -> StageKey:
     """What `run` would make from the generate artifact of that digest, without loading a model."""
-    return _key(profile, _read(profile), generated)
+    return _key(profile, sources.read_partners(profile), generated)
 
 
 def features(profile: Profile, *, generated: Artifact) -> list[Features]:
@@ -51,7 +51,7 @@ def features(profile: Profile, *, generated: Artifact) -> list[Features]:
     from gmail_cli.components.clip_files import model_digest
     from gmail_cli.components.images import GeneratedSet
 
-    real, images = _read(profile), GeneratedSet.load(generated.path)
+    real, images = sources.read_partners(profile), GeneratedSet.load(generated.path)
     used, _ = _partners(real, images, every=profile.align.pairing == "unpaired")
     digest = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
     return [_of_real(profile, real, used, digest), _of_generated(profile, images, digest)]
@@ -84,7 +84,7 @@ def run(
         SetupError: A model or device this machine lacks.
         UsageError: Settings that do not fit the model.
     """
-    real = _read(profile)
+    real = sources.read_partners(profile)
     key = _key(profile, real, generated.digest)
     with workspace.open(key) as slot:
         if slot.done:
@@ -98,10 +98,6 @@ def run(
 
 
 # -- what to make ------------------------------------------------------------------------------------------------
-
-
-def _read(profile: Profile) -> Dataset:
-    return sources.read({**sources.source(profile, part="train"), "need_images": True})
 
 
 def _key(profile: Profile, real: Dataset, generated: str) -> StageKey:
@@ -511,6 +507,7 @@ def _text_scale(clip: Clip) -> float:
 def _finish(profile: Profile, slot: Slot, work: _Work, tower: TunedTower) -> dict[str, Any]:
     """Write the models and the validation; the summary."""
     from gmail_cli.components import clip_files, tuning
+    from gmail_cli.components.loop import trained_parameters
 
     merged = tuning.merge(work.clip, tower, name=f"{work.clip.name} aligned")
     if tower.adapter is not None:
@@ -518,14 +515,15 @@ def _finish(profile: Profile, slot: Slot, work: _Work, tower: TunedTower) -> dic
     slot.write_folder("clip", lambda folder: clip_files.save_clip(merged, folder))
     validation = _validate(profile, work, merged)
     slot.write_json("validation.json", validation)
+    trained = trained_parameters(tower)
     whole = sum(parameter.numel() for parameter in work.clip.model.visual.parameters())
     return {
         "objective": str(_objective(profile)),
         "pairing": work.pairing.method,
         "generated": len(work.generated),
         "real": len(work.real),
-        "trained_parameters": tower.trained,
-        "trained_share": tower.trained / whole,
+        "trained_parameters": trained,
+        "trained_share": trained / whole,
         "encoder": merged.digest,
         **validation,
     }

@@ -74,6 +74,15 @@ def read(source: dict[str, Any]) -> Dataset:
     return protocol.apply(dataset) if protocol is not None else dataset
 
 
+def read_partners(profile: Profile) -> Dataset:
+    """The training set with its images: the real partners of generated ones.
+
+    Raises:
+        InputError, UsageError: As :func:`read`; also when the set has no images.
+    """
+    return read({**source(profile, part="train"), "need_images": True})
+
+
 def origins(profile: Profile) -> dict[str, Any]:
     """What an embed artifact says of itself: where its sets lie, the model, the protocol. Index and eval read it, so
     that they describe what was embedded whatever profile they are called with."""

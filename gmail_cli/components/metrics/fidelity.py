@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from gmail_cli.components.metrics.gap import directions
 from gmail_cli.errors import InputError
 
 NEIGHBOURS = 5
@@ -142,12 +143,12 @@ def vendi_score(vectors: Float[np.ndarray, "n dim"]) -> float:
     _check(vectors, vectors)
     rows, dim = vectors.shape
     if rows <= dim:
-        unit = _unit(vectors, first=0)
+        unit = directions(vectors)
         gram = unit @ unit.T
     else:
         gram = np.zeros((dim, dim))
         for block in _blocks(rows, _TILE_ROWS):
-            unit = _unit(vectors[block], first=block.start)
+            unit = directions(vectors[block], first=block.start)
             gram += unit.T @ unit
     shares = np.linalg.eigvalsh(gram) / rows
     shares = shares[shares > 0]
@@ -216,17 +217,6 @@ def _off_diagonal_sum(square: Float[np.ndarray, "n n"]) -> float:
 
 def _blocks(rows: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _unit(vectors: Float[np.ndarray, "n dim"], *, first: int) -> Float[np.ndarray, "n dim"]:
-    vectors = vectors.astype(np.float64)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    if (lengths < 1e-12).any():
-        raise InputError(
-            f"vector {first + int(np.argmin(lengths))} has length zero and so no cosine",
-            hint="Check the encoder's output.",
-        )
-    return vectors / lengths
 
 
 def _check(real: np.ndarray, generated: np.ndarray) -> None:

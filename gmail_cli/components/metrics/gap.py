@@ -56,7 +56,7 @@ def paired_cosine(
     _check(real, generated, paired=True)
     return np.concatenate(
         [
-            (_unit(real[rows], first=rows.start) * _unit(generated[rows], first=rows.start)).sum(axis=1)
+            (directions(real[rows], first=rows.start) * directions(generated[rows], first=rows.start)).sum(axis=1)
             for rows in _blocks(len(real))
         ]
     )
@@ -78,7 +78,7 @@ def unpaired_cosine(
     if paired and len(real) < 2:
         raise InputError("one pair has no unpaired cosine", hint="Give at least two pairs.")
     sums = [
-        np.sum([_unit(vectors[rows], first=rows.start).sum(axis=0) for rows in _blocks(len(vectors))], axis=0)
+        np.sum([directions(vectors[rows], first=rows.start).sum(axis=0) for rows in _blocks(len(vectors))], axis=0)
         for vectors in (real, generated)
     ]
     total = float(sums[0] @ sums[1])
@@ -97,7 +97,7 @@ def centroid_cosine(real: Float[np.ndarray, "r dim"], *, generated: Float[np.nda
     """Cosine between the two means."""
     _check(real, generated)
     means = np.stack([real.mean(axis=0, dtype=np.float64), generated.mean(axis=0, dtype=np.float64)])
-    a, b = _unit(means)
+    a, b = directions(means)
     return float(a @ b)
 
 
@@ -208,7 +208,7 @@ def neighbour_separability(
         InputError: If fewer than ``k`` images of other groups are left for some image.
     """
     groups = _groups(real, generated, real_groups, generated_groups)
-    x = np.concatenate([_unit(real), _unit(generated)]).astype(np.float32)
+    x = np.concatenate([directions(real), directions(generated)]).astype(np.float32)
     labels = np.repeat([0, 1], [len(real), len(generated)])
     votes = neighbour_scores(x, references=x, labels=labels, classes=2, k=k, groups=groups, reference_groups=groups)
     return classify(votes, labels=labels).mean_per_class()
@@ -347,7 +347,12 @@ def _blocks(rows: int) -> Iterator[slice]:
     return (slice(start, min(start + _BLOCK_ROWS, rows)) for start in range(0, rows, _BLOCK_ROWS))
 
 
-def _unit(vectors: Float[np.ndarray, "n dim"], *, first: int = 0) -> Float[np.ndarray, "n dim"]:
+def directions(vectors: Float[np.ndarray, "n dim"], *, first: int = 0) -> Float[np.ndarray, "n dim"]:
+    """Rows of length one, in fp64; ``first`` is the number of the first one, for the message.
+
+    Raises:
+        InputError: A row has length zero.
+    """
     vectors = vectors.astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (lengths < 1e-12).any():

@@ -103,7 +103,7 @@ def bootstrap_mean(
         InputError: For no rows, values that are not finite, or groups of another length.
     """
     columns = np.stack([_checked(values), np.ones(len(values))], axis=1)
-    return bootstrap_sums(columns, statistic=_mean_of_sums, groups=groups, bootstrap=bootstrap)
+    return bootstrap_sums(columns, statistic=mean_of, groups=groups, bootstrap=bootstrap)
 
 
 def bootstrap_sums(
@@ -147,7 +147,7 @@ def paired_difference(
     base, other = _checked(base), _checked(other)
     require_same_queries(len(base), len(other))
     columns = np.stack([other - base, np.ones(len(base))], axis=1)
-    return difference_of_sums(columns, statistic=_mean_of_sums, groups=groups, bootstrap=bootstrap)
+    return difference_of_sums(columns, statistic=mean_of, groups=groups, bootstrap=bootstrap)
 
 
 def require_same_queries(base: int, other: int) -> None:
@@ -225,7 +225,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def _mean_of_sums(sums: Float[np.ndarray, "draws 2"]) -> Float[np.ndarray, " draws"]:
+def mean_of(sums: Float[np.ndarray, "draws columns"]) -> Float[np.ndarray, " draws"]:
+    """The mean, from the sums of (value, 1)."""
     return sums[:, 0] / sums[:, 1]
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Float
 
+from gmail_cli.components.metrics.gap import evenly_spaced
 from gmail_cli.components.search import disk
 from gmail_cli.components.search.indexes import (
     Cells,
@@ -18,7 +19,6 @@ from gmail_cli.components.search.indexes import (
     VectorIndex,
     as_rows,
     check_unit,
-    even,
     exact,
     fill,
     recall_of_each,
@@ -210,7 +210,7 @@ class _Job:
         if self.count <= self.measured_rows:
             return self.vectors
         if self._sampled is None:
-            self._sampled = self.vectors[even(self.count, self.measured_rows)]
+            self._sampled = self.vectors[evenly_spaced(self.count, limit=self.measured_rows)]
         return self._sampled
 
     # -- the ways --------------------------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ class _Job:
         """Median milliseconds of one query searched alone."""
         faiss_index, times = index, []
         deadline = time.perf_counter() + _TIMED_SECONDS
-        for row in even(len(self.queries), _TIMED_QUERIES):
+        for row in evenly_spaced(len(self.queries), limit=_TIMED_QUERIES):
             query = as_rows(self.queries[row : row + 1])
             start = time.perf_counter()
             faiss_index.search(query, k=K)
@@ -456,7 +456,7 @@ class _Job:
 
     def hnsw_seconds(self, recipe: Recipe) -> float:
         """Seconds an HNSW graph over all vectors would take, from a small one: inserting grows with the logarithm."""
-        part = self.vectors[even(self.count, _HNSW_TRIAL)]
+        part = self.vectors[evenly_spaced(self.count, limit=_HNSW_TRIAL)]
         start = time.perf_counter()
         fill(recipe.empty(self.dim), part, nearest=None)
         grown = np.log(max(self.count, 2)) / np.log(max(len(part), 2))

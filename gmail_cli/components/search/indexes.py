@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from gmail_cli.components.metrics.gap import evenly_spaced
 from gmail_cli.components.search.kinds import Kind, Recipe, inverted, load_faiss
 from gmail_cli.errors import InputError
 
@@ -415,13 +416,8 @@ def as_rows(vectors: np.ndarray) -> Float[np.ndarray, "count dim"]:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def even(count: int, most: int) -> Int[np.ndarray, " rows"]:
-    """At most ``most`` evenly spaced row numbers."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
-
-
 def _sample(vectors: np.ndarray, most: int) -> np.ndarray:
-    return as_rows(vectors[even(len(vectors), most)])
+    return as_rows(vectors[evenly_spaced(len(vectors), limit=most)])
 
 
 def _rotation(index: Any) -> Any:

@@ -30,7 +30,7 @@ from gmail_cli.profile import settings
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import sources
 from gmail_cli.stages.embed.jobs import Job, Progress, Wanted
-from gmail_cli.stages.embed.planning import Plan, labelled_images, read_partners
+from gmail_cli.stages.embed.planning import Plan, labelled_images
 
 _Given = TypeVar("_Given")
 
@@ -203,7 +203,7 @@ def _key(profile: Profile, test: Dataset, given: Mapping[str, str]) -> StageKey:
     else:
         chosen["templates"] = list(prompts.templates(embed.templates))
     if "generated" in given and embed.gap_count:
-        inputs["partners"] = read_partners(profile).fingerprint
+        inputs["partners"] = sources.read_partners(profile).fingerprint
         chosen["held_out"] = profile.align.validation if "aligned" in given else 0.0
     else:
         del chosen["gap_count"]

@@ -26,11 +26,6 @@ TEXT_TASKS = ("clip-text", "long-clip", "clip")
 """Tasks whose cells have a text tower of their own."""
 
 
-def read_partners(profile: Profile) -> Dataset:
-    """The training set with its images: the real partners of generated images."""
-    return sources.read({**sources.source(profile, part="train"), "need_images": True})
-
-
 def labelled_images(profile: Profile, test: Dataset) -> tuple[Dataset, list[int]] | None:
     """The training set and those of its images that features of a labelled test set are classified by, if wanted.
 
@@ -40,7 +35,7 @@ def labelled_images(profile: Profile, test: Dataset) -> tuple[Dataset, list[int]
     embed = profile.embed
     if not embed.train_count or embed.flow == "generated" or not (test.has_images and test.class_names):
         return None
-    training = read_partners(profile)
+    training = sources.read_partners(profile)
     labelled = [row for row, image in enumerate(training.images) if image.label is not None]
     if not labelled:
         hint = "Give a labelled set as data.train, or set embed.train_count=0."
@@ -161,7 +156,7 @@ class Plan:
         from gmail_cli.components.images import GeneratedSet
 
         generated = GeneratedSet.load(self.inputs["generated"].path)
-        partners = read_partners(self.profile)
+        partners = sources.read_partners(self.profile)
         held = self.profile.align.validation if "aligned" in self.inputs else 0.0
         pairs = _pairs(generated, partners, held=held, seed=self.profile.seed)[: self.profile.embed.gap_count]
         if not pairs:
