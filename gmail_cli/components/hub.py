@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
-from gmail_cli.errors import InputError
-
-from gmail_cli.errors import causes
+from gmail_cli.errors import InputError, causes
 
 
 def fetch(repository: str, *, revision: str, weights: Sequence[str]) -> Path:
