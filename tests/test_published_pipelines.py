@@ -128,6 +128,15 @@ def test_qwen_image_is_guided_and_led_away(folder: Callable[[str], Path]) -> Non
     assert len({images[0] for images in several}) == 4
 
 
+def test_nothing_is_said_of_weights_that_are_found_as_a_variant(
+    folder: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipelines.load_pipeline(str(folder("sd1"))).save_pretrained(tmp_path, variant="fp16")
+    capfd.readouterr()
+    pipelines.load_pipeline(str(tmp_path))
+    assert "rror" not in capfd.readouterr().err
+
+
 def test_qwen_image_gives_an_image_that_no_longer_prompt_beside_it_moves(folder: Callable[[str], Path]) -> None:
     """It pads to the longest prompt of a batch, which moves the last bits of the others."""
     pipeline = pipelines.load_pipeline(str(folder("qwen-image")))
@@ -151,6 +160,12 @@ def test_a_size_that_does_not_suit_the_network_is_named(folder: Callable[[str], 
     pipeline = pipelines.load_pipeline("tiny")
     with pytest.raises(UsageError, match=r"height = 24, width = 40: Sizes of tensors"):
         drawn(pipeline, height=24, width=40)
+
+
+def test_schedulers_of_distilled_models_do_not_take_the_place_of_flow_matching(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match="LCMScheduler' does not suit") as told:
+        pipelines.load_pipeline(str(folder("sd3")), scheduler="LCMScheduler")
+    assert told.value.hint == "use 'default' or one of: FlowMatchEulerDiscreteScheduler"
 
 
 # -- LoRA ------------------------------------------------------------------------------------------------------

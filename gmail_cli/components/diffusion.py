@@ -52,7 +52,7 @@ ENCODED = {
 }
 """Pipelines whose text encodings are reused, and the arguments that take what their ``encode_prompt`` returns, in order
 (an empty name: nothing takes it)."""
-_UNEVEN = {"QwenImagePipeline": "\n{}<", "Lumina2Pipeline": "> {}"}
+_UNEVEN = {"QwenImagePipeline": "\n{}<", "QwenImageImg2ImgPipeline": "\n{}<", "Lumina2Pipeline": "> {}"}
 """Pipelines that pad the prompts of a batch to the longest, which moves the last bits of the others, and what stands
 around a prompt when they encode it. They are given prompts of one number of tokens."""
 

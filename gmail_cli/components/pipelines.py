@@ -3,6 +3,7 @@ that begins with an image."""
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -69,9 +70,9 @@ def load_pipeline(
     if compiled:
         compilation.require_compiler("generate.compile", device=device)
     # truncated captions are counted, not logged one by one, and the caller shows its own progress
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for logger in (diffusers.utils.logging, transformers.utils.logging):
+        logger.set_verbosity(logging.CRITICAL)  # errors that matter are raised
+        logger.disable_progress_bar()
     place, folder = locate(model)
     options: dict[str, Any] = {} if folder else {"revision": revision or None}
     try:
@@ -284,7 +285,7 @@ def _scheduler(own: Any, name: str) -> Any:
     import diffusers
 
     allowed = {kind.__name__ for kind in own.compatibles} | {type(own).__name__}
-    if own.compatibles:
+    if not allowed.isdisjoint(("DDIMScheduler", *_DISTILLED)):  # flow matching has no room for them
         allowed |= set(_DISTILLED)
     if name not in allowed:
         raise UsageError(
