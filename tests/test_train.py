@@ -563,6 +563,17 @@ def test_arms_need_their_artifacts(world: World) -> None:
     assert set(key.inputs) == {"data"}
 
 
+@pytest.mark.parametrize("task", ["clipcap", "llava"])
+def test_f_g_of_another_model_is_refused(world: World, tmp_path: Path, task: str) -> None:
+    other = build_clip(clip_config(700), seed=9, tokenizer=load_clip(world.folder / "clip").tokenizer)
+    (tmp_path / "clip").mkdir()
+    save_clip(other, tmp_path / "clip")
+    profile = world.profile(tasks=[task], arms=["real", "generated-aligned"])
+    profile = profile.model_copy(update={"model": profile.model.model_copy(update={"clip": str(tmp_path / "clip")})})
+    with pytest.raises(InputError, match="was aligned from another model"):
+        train.run(profile, world.workspace, **world.inputs())
+
+
 def test_every_task_and_arm_of_the_profile_exists() -> None:
     assert set(get_args(TaskName)) == set(train.TASKS)
     assert set(get_args(ArmName)) == {arm for task in train.TASKS.values() for arm in task.arms}

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from gmail_cli.components.conversations import TEMPLATE
+from gmail_cli.components.conversations import rendered
 from gmail_cli.components.heads import generate, load_lm
 from gmail_cli.errors import UsageError
 
@@ -128,12 +128,7 @@ class Rewriter:
         if not self._tokenizer.chat_template:
             return list(self._tokenizer(text)["input_ids"])
         try:
-            asked = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-                **TEMPLATE,
-            )
+            asked = rendered(self._tokenizer, [text], ask=True)
         except Exception as error:
             raise UsageError(f"the chat template of {self._name} fails: {error}") from error
         return list(self._tokenizer(asked, add_special_tokens=False)["input_ids"])
