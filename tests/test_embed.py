@@ -517,7 +517,12 @@ def test_a_table_that_is_there_is_copied(
     embed.run(_profile(clips), space, generated=generated, aligned=aligned)
     assert said == []
     other = _model_artifact(
-        Workspace(tmp_path, "other"), "align", {"clip": clips["cell"]}, [], settings={"another": True}
+        Workspace(tmp_path, "other"),
+        "align",
+        {"clip": clips["cell"]},
+        [],
+        settings={"another": True},
+        models=_models(clips),
     )
     copied = embed.run(_profile(clips), space, generated=generated, aligned=other)
     names = [text.removeprefix("reusing ").split(" of embed/")[0] for text in said]
@@ -527,3 +532,9 @@ def test_a_table_that_is_there_is_copied(
     smaller = embed.run(_profile(clips, batch_size=2), space, generated=generated, aligned=other)
     assert smaller.digest != copied.digest
     assert len(said) == len(names), "other batches move the last bits"
+
+
+def test_f_g_of_another_model_is_refused(clips: dict[str, Path], workspace: Workspace, aligned: Artifact):
+    others = {**clips, "f_r": clips["cell"]}
+    with pytest.raises(InputError, match="was aligned from another model"):
+        embed.run(_profile(others), workspace, aligned=aligned)

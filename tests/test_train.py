@@ -17,12 +17,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_training import IMAGES, SIDE, World
+from small_training import IMAGES, SIDE, World, clip_config
 
 from gmail_cli import plan
 from gmail_cli.artifacts import Artifact, Workspace
 from gmail_cli.components import captions, ifcap, scenes, sitta
-from gmail_cli.components.clip_files import load_clip
+from gmail_cli.components.clip_files import build_clip, load_clip, save_clip
 from gmail_cli.components.embedding import embed_images
 from gmail_cli.components.heads import classify, generate_captions, load_captioner, load_probe
 from gmail_cli.components.images import GeneratedImage
@@ -457,6 +457,17 @@ def test_arms_need_their_artifacts(world: World) -> None:
         train.plan_key(world.profile(arms=["generated-aligned"]), generated="0" * 64)
     key = train.plan_key(world.profile(arms=["real"]), aligned="1" * 64)
     assert set(key.inputs) == {"data"}
+
+
+@pytest.mark.parametrize("task", ["clipcap", "llava"])
+def test_f_g_of_another_model_is_refused(world: World, tmp_path: Path, task: str) -> None:
+    other = build_clip(clip_config(700), seed=9, tokenizer=load_clip(world.folder / "clip").tokenizer)
+    (tmp_path / "clip").mkdir()
+    save_clip(other, tmp_path / "clip")
+    profile = world.profile(tasks=[task], arms=["real", "generated-aligned"])
+    profile = profile.model_copy(update={"model": profile.model.model_copy(update={"clip": str(tmp_path / "clip")})})
+    with pytest.raises(InputError, match="was aligned from another model"):
+        train.run(profile, world.workspace, **world.inputs())
 
 
 def test_every_task_and_arm_of_the_profile_exists() -> None:

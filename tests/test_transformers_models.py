@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ BLOCKS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 VISION = {**BLOCKS, "image_size": 32, "patch_size": 8}
 KINDS = ["clip", "siglip", "dinov2", "vit"]
 JOINT = ["clip", "siglip"]
+PROCESSOR = "preprocessor_config.json"
 TEXTS = ["a red ball", "two trees and a house " * 30, ""]
 
 
@@ -260,3 +262,28 @@ def test_other_models_are_refused_by_name(folders: dict[str, Path], tmp_path: Pa
     (target / "preprocessor_config.json").write_text(json.dumps(odd))
     with pytest.raises(InputError, match="is no square"):
         clip_files.load_clip(target)
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_old_and_new_files_of_a_repository_read_alike(kind: str, folders: dict[str, Path], tmp_path: Path):
+    """As openai/clip-vit-base-patch32 (pickled weights, a size in one number) and as transformers 5 saves one."""
+    plain = clip_files.load_clip(folders[kind])
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        shutil.copytree(folders[kind], folder)
+    about = json.loads((old / "preprocessor_config.json").read_text())
+    about |= {"feature_extractor_type": about.pop("image_processor_type").replace("ImageProcessor", "FeatureExtractor")}
+    (old / "preprocessor_config.json").write_text(json.dumps({**about, "size": 36, "crop_size": 32}))
+    torch.save(AutoModel.from_pretrained(old).state_dict(), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    found = clip_files.load_clip(old)
+    assert (found.preprocess.resize, found.preprocess.scale_to, found.preprocess.size) == ("shortest", 36, 32)
+    shown = torch.rand(2, 3, 32, 32)
+    assert torch.equal(found.encode_images(shown), plain.encode_images(shown))
+    whole = {"processor_class": "CLIPProcessor", "image_processor": json.loads((new / PROCESSOR).read_text())}
+    (new / "processor_config.json").write_text(json.dumps(whole))
+    (new / PROCESSOR).unlink()
+    assert clip_files.load_clip(new).digest == plain.digest
+    (old / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
+        clip_files.load_clip(old)

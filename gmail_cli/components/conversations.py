@@ -7,7 +7,8 @@ LLaVA's files (Liu et al. 2023) are a JSON list of records ``{"id", "image", "co
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,9 +22,7 @@ IMAGE_ID = -200
 IGNORED = -100
 """Label of a token that is not supervised."""
 DATE = "26 Jul 2024"
-TEMPLATE: Mapping[str, Any] = {"date_string": DATE, "strftime_now": lambda _: DATE, "enable_thinking": False}
-"""What chat templates are told: a date (to Llama 3, SmolLM3), so that a prompt is the same every day, and that the
-answer begins without a thought (to Qwen 3, SmolLM3)."""
+"""What templates that tell the date (Llama 3, SmolLM3) are told, so that a prompt is the same every day."""
 SHOWN = 5
 """How many bad records an error names."""
 
@@ -122,6 +121,32 @@ def shown(question: str) -> str:
     return question if IMAGE in question else f"{IMAGE}\n{question}"
 
 
+def rendered(tokenizer: Any, turns: Sequence[str], *, ask: bool, think: bool = False) -> str:
+    """Turns through a tokenizer's chat template, the same every day.
+
+    Args:
+        tokenizer: With a chat template.
+        turns: The user's and the assistant's in alternation.
+        ask: Go on to where the next answer begins.
+        think: Leave it to the model whether it thinks first (Qwen 3, SmolLM3); otherwise its thought is an empty one.
+
+    Raises:
+        ValueError, TypeError, jinja2.TemplateError: The template fails.
+    """
+    roles = ("user", "assistant")
+    template = re.sub(r"strftime_now\([^()]*\)", repr(DATE), tokenizer.get_chat_template())
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": roles[place % 2], "content": turn.strip()} for place, turn in enumerate(turns)],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=ask,
+            date_string=DATE,
+            enable_thinking=think,
+        )
+    )
+
+
 class Chat:
     """How a language model is spoken to: its tokenizer's own chat template, or a plain one where it has none.
 
@@ -205,7 +230,7 @@ class Chat:
         for place in range(1, len(turns), 2):
             asked = self._render(turns[:place], ask=True)
             if not whole.startswith(asked):  # Qwen 3 drops the empty thought before all answers but the last
-                asked = self._render(turns[:place], ask=True, enable_thinking=True)
+                asked = self._render(turns[:place], ask=True, think=True)
             at = whole.find(turns[place], len(asked))
             if not whole.startswith(asked) or at < 0:
                 raise UsageError(
@@ -219,15 +244,8 @@ class Chat:
             done = stop
         return [*pieces, (whole[done:], False)] if len(turns) % 2 else pieces
 
-    def _render(self, turns: Sequence[str], *, ask: bool = False, **options: Any) -> str:
-        messages = [
-            {"role": "assistant" if place % 2 else "user", "content": turn.strip()} for place, turn in enumerate(turns)
-        ]
+    def _render(self, turns: Sequence[str], *, ask: bool = False, think: bool = False) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=ask, **{**TEMPLATE, **options}
-                )
-            )
+            return rendered(self.tokenizer, turns, ask=ask, think=think)
         except Exception as error:
             raise UsageError(f"the chat template of {self.name} fails: {error}") from error

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from gmail_cli.components.conversations import TEMPLATE
+from gmail_cli.components.conversations import rendered
 from gmail_cli.components.heads import generate, load_lm
 from gmail_cli.errors import UsageError
 
@@ -135,12 +135,7 @@ class Rewriter:
         if not self._tokenizer.chat_template:
             return text
         try:
-            asked: str = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-                **TEMPLATE,
-            )
+            asked = rendered(self._tokenizer, [text], ask=True)
         except Exception as error:
             raise UsageError(f"the chat template of {self._name} fails: {error}") from error
         return asked

@@ -1,0 +1,129 @@
+"""Language models as they are published: start tokens, scaled embeddings, generation settings, thoughts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from gmail_cli.components import sitta
+from gmail_cli.components.conversations import DATE, IGNORED, Chat, Conversation
+from gmail_cli.components.heads import Captioner, generate, generate_captions, load_lm
+from gmail_cli.components.llava import Llava
+
+TEXTS = ["a red ball on sand", "two blue cubes.", "what is it", "A picture of", "user assistant model think"]
+THINKS = """{% for m in messages %}<|{{ m.role }}|>
+{% if m.role == 'assistant' and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+"""Qwen 3's way: an empty thought before the last answer, none before those that came earlier."""
+DIM = 12
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 3 of two layers: its tokenizer begins texts with <bos>, its embeddings are scaled on the way."""
+    folder = tmp_path_factory.mktemp("gemma")
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    ends = ["<bos>", "</s>", "<unk>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    inner.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=ends + bytes_))
+    plain = json.loads(inner.to_str())
+    plain["added_tokens"] = [each for each in plain["added_tokens"] if each["content"] in ends]
+    inner = Tokenizer.from_str(json.dumps(plain))
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 64}
+    config = Gemma3TextConfig(vocab_size=len(tokenizer), head_dim=32, num_key_value_heads=1, **size, **ids)
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_prefix_begins_with_the_start_token_and_has_the_size_of_tokens(gemma: Path):
+    lm, tokenizer = load_lm(gemma)
+    captioner = Captioner(DIM, lm=lm, tokenizer=tokenizer, lm_name="gemma", prefix_length=3).eval()
+    tokens = lm.get_input_embeddings()(torch.arange(len(tokenizer)))
+    assert captioner.scale == pytest.approx(float(tokens.std()), rel=0.1)
+    about = {"lm": str(gemma), "lm_revision": "", "image_tokens": 1, "prompt": "what", "instructed": False}
+    assert float(Llava(DIM, lm=lm, tokenizer=tokenizer, about=about).real.scale) == pytest.approx(captioner.scale)
+    seen = []
+    lm.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(given.get("inputs_embeds")), with_kwargs=True
+    )
+    features, real = torch.randn(2, DIM), torch.ones(2, dtype=torch.bool)
+    captioner(features, real, captioner.tokenize(["a red ball", "two blue cubes."]))
+    generate_captions(captioner, features, max_tokens=2)
+    for inputs in seen[:2]:  # of training, and of the first token that is written
+        torch.testing.assert_close(inputs[:, 0], tokens[:1].expand(2, -1))
+        torch.testing.assert_close(inputs[:, 1:4], captioner.prefix(features, real))
+    assert captioner.context == 64 - 3 - 1
+
+
+def test_sitta_begins_with_the_start_token_and_stops_at_a_sentence(gemma: Path):
+    lm, tokenizer = load_lm(gemma)
+    about = {"lm": str(gemma), "lm_revision": "", "encoder": "0" * 64, "tokens": 2, "orders": 2}
+    model = sitta.LinearMap(DIM, lm=lm, tokenizer=tokenizer, about=about)
+    model.fit(torch.randn(3, DIM), TEXTS[:3], how="least-squares")
+    asked = []
+    point, line = tokenizer.convert_tokens_to_ids("."), tokenizer.convert_tokens_to_ids("<0x0A>")
+
+    def ends(_module: object, _args: object, output: object) -> None:
+        output.logits[..., point] += 1e4  # type: ignore[attr-defined]
+
+    lm.register_forward_hook(ends)
+    lm.register_forward_pre_hook(lambda _m, _a, given: asked.append(given["input_ids"]), with_kwargs=True)
+    texts = sitta.write_captions(model, torch.randn(1, DIM), embed=lambda some: torch.zeros(len(some), DIM))
+    assert texts == ["."]
+    assert bool((asked[0][:, 0] == tokenizer.bos_token_id).all())
+    assert tokenizer("\n", add_special_tokens=False)["input_ids"][-1] == line
+
+
+def test_greedy_search_is_greedy_whatever_the_model_was_published_with(caplog: pytest.LogCaptureFixture):
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=1, n_embd=16, n_head=2, n_positions=32)).eval()
+    ids = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    asked = {**ids, "max_new_tokens": 8, "num_beams": 1, "eos_token_id": 49, "pad_token_id": 49}
+    plain = generate(lm, **asked)
+    assert len(set(plain[0, 2:].tolist())) < 8, "a penalty would change nothing"
+    lm.generation_config.update(repetition_penalty=9.0, max_length=30, do_sample=True, temperature=0.5, top_k=3)
+    assert torch.equal(generate(lm, **asked), plain)
+    assert not [each for each in caplog.records if "max_length" in each.getMessage()]
+    assert lm.generation_config.repetition_penalty == 9.0
+
+
+@pytest.mark.parametrize("turns", [("what is it", "a red ball"), ("what is it", "a red ball", "what", "on sand")])
+def test_an_empty_thought_is_told_and_not_learned(gemma: Path, turns: tuple[str, ...]):
+    _, tokenizer = load_lm(gemma)
+    tokenizer.chat_template = THINKS
+    chat = Chat(tokenizer, name="qwen3", image_tokens=2, limit=500)
+    ids, labels = chat.tokens(Conversation(id="talk", image=None, turns=turns))
+    told = tokenizer.decode([label for label in labels if label != IGNORED])
+    assert "think" not in told
+    assert told.replace(" ", "") == "".join(turns[1::2]).replace(" ", "").replace("ballon", "ball</s>on") + "</s>"
+    asked = chat.question(turns[:-1])
+    assert asked == ids[: len(asked)], "what is asked is not what was learned"
+    assert "<think>" in tokenizer.decode(asked)
+
+
+def test_a_prompt_is_the_same_every_day(gemma: Path):
+    _, tokenizer = load_lm(gemma)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + THINKS
+    chat = Chat(tokenizer, name="smollm3", image_tokens=2, limit=500)
+    assert DATE in tokenizer.decode(chat.question(["what is it"]))
