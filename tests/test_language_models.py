@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from gmail_cli.components import sitta
 from gmail_cli.components.conversations import DATE, IGNORED, Chat, Conversation
-from gmail_cli.components.heads import Captioner, generate, generate_captions, load_lm
+from gmail_cli.components.heads import SHIPPED_LMS, Captioner, generate, generate_captions, load_lm
 from gmail_cli.components.llava import Llava
 
 TEXTS = ["a red ball on sand", "two blue cubes.", "what is it", "A picture of", "user assistant model think"]
@@ -95,17 +96,21 @@ def test_sitta_begins_with_the_start_token_and_stops_at_a_sentence(gemma: Path):
     assert tokenizer("\n", add_special_tokens=False)["input_ids"][-1] == line
 
 
-def test_greedy_search_is_greedy_whatever_the_model_was_published_with(caplog: pytest.LogCaptureFixture):
-    torch.manual_seed(0)
-    lm = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=1, n_embd=16, n_head=2, n_positions=32)).eval()
-    ids = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
-    asked = {**ids, "max_new_tokens": 8, "num_beams": 1, "eos_token_id": 49, "pad_token_id": 49}
-    plain = generate(lm, **asked)
-    assert len(set(plain[0, 2:].tolist())) < 8, "a penalty would change nothing"
-    lm.generation_config.update(repetition_penalty=9.0, max_length=30, do_sample=True, temperature=0.5, top_k=3)
-    assert torch.equal(generate(lm, **asked), plain)
+def test_greedy_search_is_greedy_whatever_the_model_was_published_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    shutil.copytree(SHIPPED_LMS["tiny"], tmp_path / "lm")
+    file = tmp_path / "lm" / "generation_config.json"
+    published = {"repetition_penalty": 9.0, "max_length": 30, "do_sample": True, "temperature": 0.5, "top_k": 3}
+    file.write_text(json.dumps(json.loads(file.read_text()) | published))
+    written = []
+    for place in ("tiny", tmp_path / "lm"):
+        lm, tokenizer = load_lm(place)
+        ids = torch.tensor([tokenizer("a red ball and a red ball", add_special_tokens=False)["input_ids"]])
+        asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "num_beams": 1}
+        written.append(generate(lm, **asked, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    assert torch.equal(*written)
     assert not [each for each in caplog.records if "max_length" in each.getMessage()]
-    assert lm.generation_config.repetition_penalty == 9.0
 
 
 @pytest.mark.parametrize("turns", [("what is it", "a red ball"), ("what is it", "a red ball", "what", "on sand")])
