@@ -114,7 +114,8 @@ def find_inputs(
     if required and required not in found and not optional_only:
         maker = MAKER[required]
         hint = f"Run `gmail {maker}` first, or name one with --{required} (or --run RUN)."
-        raise InputError(f"{stage} needs a {maker} artifact and {workspace.folder(maker)} has none", hint=hint)
+        a = "an" if maker[0] in "ae" else "a"
+        raise InputError(f"{stage} needs {a} {maker} artifact and {workspace.folder(maker)} has none", hint=hint)
     return {name: found[name] for name in INPUTS[stage] if name in found}
 
 

@@ -96,7 +96,8 @@ class World:
         with torch.no_grad():
             for parameter in clip.model.visual.parameters():
                 parameter.mul_(by)
-        with (workspace or self.workspace).open(StageKey(stage="align", settings={"by": by})) as slot:
+        models = {"clip": clip.digest}
+        with (workspace or self.workspace).open(StageKey(stage="align", settings={"by": by}, models=models)) as slot:
             slot.write_folder("clip", lambda folder: save_clip(clip, folder))
             return slot.commit(summary={})
 

@@ -74,9 +74,9 @@ def generated(workspace: Workspace) -> Artifact:
 
 
 def _model_artifact(
-    workspace: Workspace, stage: str, folders: dict[str, Path], cells: list[dict[str, Any]], *, settings: Any = None
+    workspace: Workspace, stage: str, folders: dict[str, Path], cells: list[dict[str, Any]], **key: Any
 ) -> Artifact:
-    with workspace.open(StageKey(stage=stage, settings=settings or {})) as slot:
+    with workspace.open(StageKey(stage=stage, **{"settings": {}, **key})) as slot:
         for name, source in folders.items():
             clip = clip_files.load_clip(source)
             slot.write_folder(name, lambda folder, clip=clip: clip_files.save_clip(clip, folder))
@@ -86,7 +86,11 @@ def _model_artifact(
 
 @pytest.fixture(scope="module")
 def aligned(workspace: Workspace, clips: dict[str, Path]) -> Artifact:
-    return _model_artifact(workspace, "align", {"clip": clips["f_g"]}, [])
+    return _model_artifact(workspace, "align", {"clip": clips["f_g"]}, [], models=_models(clips))
+
+
+def _models(clips: dict[str, Path]) -> dict[str, str]:
+    return {"clip": clip_files.model_digest(clips["f_r"])}
 
 
 @pytest.fixture(scope="module")

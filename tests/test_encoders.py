@@ -106,6 +106,24 @@ def test_damaged_folders_are_named(vit: Clip, tmp_path: Path):
         clip_files.load_clip(tmp_path)
 
 
+def test_older_weights_are_read_but_nothing_in_them_is_run(vit: Clip, pixels: torch.Tensor, tmp_path: Path):
+    folder, older = tmp_path / "clip", tmp_path / "clip" / "open_clip_pytorch_model.bin"
+    folder.mkdir()
+    clip_files.save_clip(vit, folder)
+    (folder / clip_files.WEIGHTS_FILE).unlink()
+    torch.save(vit.model.state_dict(), older)
+    torch.testing.assert_close(clip_files.load_clip(folder).encode_images(pixels), vit.encode_images(pixels))
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    torch.save({**vit.model.state_dict(), "logit_scale": Trap()}, older)
+    with pytest.raises(InputError, match="something else than tensors"):
+        clip_files.load_clip(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_a_tokenizer_of_transformers_is_the_one_that_is_named(tmp_path: Path):
     from open_clip.tokenizer import HFTokenizer
 

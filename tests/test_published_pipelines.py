@@ -136,6 +136,23 @@ def test_qwen_image_gives_an_image_that_no_longer_prompt_beside_it_moves(folder:
     assert together.keys() == set(JOBS)
 
 
+def test_steps_lie_where_models_of_few_steps_want_them(folder: Callable[[str], Path]) -> None:
+    """SDXL's own sampler begins below the last of its 1,000 steps; SDXL-Lightning is drawn from there."""
+    sdxl = str(folder("sdxl"))
+    for spacing, first in (("default", 751), ("trailing", 999)):
+        pipeline = pipelines.load_pipeline(sdxl, scheduler="EulerDiscreteScheduler", timestep_spacing=spacing)
+        pipeline.scheduler.set_timesteps(4)
+        assert int(pipeline.scheduler.timesteps[0]) == first
+    with pytest.raises(UsageError, match="FlowMatchEulerDiscreteScheduler has no such setting"):
+        pipelines.load_pipeline(str(folder("sd3")), timestep_spacing="trailing")
+
+
+def test_a_size_that_does_not_suit_the_network_is_named(folder: Callable[[str], Path]) -> None:
+    pipeline = pipelines.load_pipeline("tiny")
+    with pytest.raises(UsageError, match=r"height = 24, width = 40: Sizes of tensors"):
+        drawn(pipeline, height=24, width=40)
+
+
 # -- LoRA ------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 import weakref
@@ -14,12 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import small_pipelines
+import torch
+from safetensors.torch import load_file
 
 from gmail_cli import cli
 from gmail_cli.artifacts import Artifact, Waiting, Workspace
 from gmail_cli.components import rewriting
+from gmail_cli.components.heads import SHIPPED_LMS
 from gmail_cli.components.rewriting import Rewriter, Wanted, load_rewriter, usable
-from gmail_cli.errors import SetupError, UsageError
+from gmail_cli.errors import InputError, SetupError, UsageError
 from gmail_cli.profile import build
 from gmail_cli.profile.generation import Rewrite
 from gmail_cli.profile.schema import Profile
@@ -87,6 +91,41 @@ def test_what_is_drawn_depends_on_seed_caption_and_k_and_greedy_texts_on_the_cap
     assert texts(rewriter(temperature=1e-6), [base])[base] == greedy[base]
 
 
+def test_settings_that_a_model_is_published_with_do_not_change_what_is_written(tmp_path: Path) -> None:
+    """Qwen's has a penalty on words that were said, which the caption's own and the padding would count among."""
+    shutil.copytree(SHIPPED_LMS["tiny"], tmp_path / "lm")
+    file = tmp_path / "lm" / "generation_config.json"
+    published = {"do_sample": True, "temperature": 0.3, "repetition_penalty": 1.5, "max_length": 20}
+    file.write_text(json.dumps(json.loads(file.read_text()) | published))
+    options = {"instruction": "{}", "max_tokens": 12, "batch_size": 4}
+    assert texts(load_rewriter(str(tmp_path / "lm"), **options), WANTED) == texts(rewriter(), WANTED)
+
+
+def test_a_language_model_of_older_files_is_read_but_nothing_in_them_is_run(tmp_path: Path) -> None:
+    """Vicuna has `pytorch_model.bin` alone, which is a pickle."""
+    shutil.copytree(SHIPPED_LMS["tiny"], tmp_path / "lm")
+    older = tmp_path / "lm" / "pytorch_model.bin"
+    torch.save(load_file(tmp_path / "lm" / "model.safetensors"), older)
+    (tmp_path / "lm" / "model.safetensors").unlink()
+    options = {"instruction": "{}", "max_tokens": 12, "batch_size": 4}
+    assert texts(load_rewriter(str(tmp_path / "lm"), **options), WANTED) == texts(rewriter(), WANTED)
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    torch.save({"transformer.wte.weight": Trap()}, older)
+    with pytest.raises(InputError, match="hold something else than tensors"):
+        load_rewriter(str(tmp_path / "lm"), **options)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_thoughts_that_the_template_begins_and_nothing_ends_are_no_prompt() -> None:
+    writer = rewriter(instruction="Say more of {}")
+    writer._tokenizer.chat_template = CHATML.replace("<assistant>", "<assistant><think>\n")
+    assert set(texts(writer, WANTED[:4]).values()) == {None}
+
+
 def test_a_chat_template_is_used_and_without_one_the_model_goes_on() -> None:
     writer = rewriter(instruction="Say more of {}: be exact")
     tokenizer = writer._tokenizer
@@ -117,6 +156,9 @@ def test_a_chat_template_is_used_and_without_one_the_model_goes_on() -> None:
         ("one red car here and one red car here and", True, True, "one red car here and one red car here and"),
         ("one red car here and " * 3, True, True, None),
         ("雪の中の赤い車", True, True, "雪の中の赤い車"),
+        ("<think>\nThe user wants a car.\n</think>\n\nA red car.", True, True, "A red car."),
+        ("<think>The user wants a car. Cars are", True, False, None),
+        ("<think>a red car", False, True, "<think>a red car"),
     ],
 )
 def test_what_is_usable_of_a_text(text: str, chat: bool, ended: bool, told: str | None) -> None:

@@ -26,7 +26,7 @@ VERSIONS: Mapping[str, int] = {
     "train": 4,
     "embed": 4,
     "index": 2,
-    "eval": 5,
+    "eval": 6,
 }
 """The stages in order, each with its own version: raised when the same settings would give other bytes, or bytes that
 other stages read in another way."""

@@ -85,7 +85,8 @@ def load_clip(
     weights = _download_tag(tag, ref=str(ref), revision=revision)
     clip = build_clip(config, seed=seed, name=str(ref), device=device, precision=precision)
     try:
-        open_clip.load_checkpoint(clip.model, str(weights))
+        with hub.tensors_alone(str(ref)):
+            open_clip.load_checkpoint(clip.model, str(weights))
     except RuntimeError as error:
         raise InputError(f"the weights of {ref} do not fit: {error}") from error
     return dataclasses.replace(clip, digest=model_digest(ref, revision=revision))
@@ -118,6 +119,7 @@ def build_clip(
     import open_clip
 
     model_cfg = copy.deepcopy(dict(config["model_cfg"]))
+    _refuse_coca(model_cfg, name=name)
     custom = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
     base = model_cfg["text_cfg"].pop(rotary.KEY, None)
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
@@ -134,6 +136,16 @@ def build_clip(
     if tokenizer is None:
         tokenizer = _tokenizer(config["model_cfg"]["text_cfg"], name=name, context_length=model.context_length)
     return _clip(model, tokenizer, config, name=name, digest=None, device=device, precision=precision)
+
+
+def _refuse_coca(model_cfg: Mapping[str, Any], *, name: str) -> None:
+    """CoCa's image tower gives tokens beside the embedding, which nothing here reads.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if "multimodal_cfg" in model_cfg:
+        raise UsageError(f"{name} is a CoCa, which is not supported", hint="Take a CLIP or SigLIP as model.clip.")
 
 
 def _tokenizer(text_cfg: Mapping[str, Any], *, name: str, context_length: int) -> Any:
@@ -251,12 +263,14 @@ def _load_folder(folder: Path, *, name: str, device: str | torch.device, precisi
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
+        _refuse_coca(config["model_cfg"], name=name)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        if rotary.KEY in config["model_cfg"]["text_cfg"]:
-            model = build_clip(config, name=name, tokenizer=tokenizer).model
-            open_clip.load_checkpoint(model, str(_model_files(folder)[1]))
-        else:
-            model = open_clip.create_model(f"local-dir:{folder}")
+        with hub.tensors_alone(name):
+            if rotary.KEY in config["model_cfg"]["text_cfg"]:
+                model = build_clip(config, name=name, tokenizer=tokenizer).model
+                open_clip.load_checkpoint(model, str(_model_files(folder)[1]))
+            else:
+                model = open_clip.create_model(f"local-dir:{folder}")
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         wrong = InputError(f"{folder} cannot be loaded by open_clip: {error}", hint="Check model.clip.")
         raise import_failure(error) or wrong from error

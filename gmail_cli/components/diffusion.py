@@ -14,6 +14,7 @@ import gc
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -54,6 +55,10 @@ ENCODED = {
 _UNEVEN = {"QwenImagePipeline": "\n{}<", "Lumina2Pipeline": "> {}"}
 """Pipelines that pad the prompts of a batch to the longest, which moves the last bits of the others, and what stands
 around a prompt when they encode it. They are given prompts of one number of tokens."""
+
+
+_ILL_SIZED = re.compile(r"[Ss]izes? of tensors?|invalid for input of size")
+"""How torch says that rows and columns do not go up in those of a network."""
 
 
 class BatchTooLargeError(SetupError):
@@ -326,7 +331,9 @@ class Sampler:
                 ],
                 output_type="pt",
             ).images
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not (sampling.height and _ILL_SIZED.search(str(error))):
+                raise
             raise UsageError(
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
                 f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {first_line(error)}",

@@ -189,15 +189,20 @@ class Captioner(Head):
         build = {"mlp": _mlp, "transformer": _Translator}[mapping]
         self.mapping = build(dim, width, prefix_length)
         self.lm = lm.requires_grad_(tune_lm)
-        self.tokenizer = tokenizer
-        self.scale = float(lm.get_input_embeddings().weight.detach().float().std())
+        self.tokenizer, self.start = tokenizer, start_of(tokenizer)
+        self.scale = float(embedding_scale(lm))
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {lm_name} has no end-of-text token", hint="Choose another train.lm.")
 
     @property
     def context(self) -> int:
         """Most caption tokens, the end-of-text token included, that fit behind the prefix."""
-        return int(getattr(self.lm.config, "max_position_embeddings", 1024)) - self.prefix_length
+        return int(getattr(self.lm.config, "max_position_embeddings", 1024)) - self.prefix_length - len(self.start)
+
+    def begun(self, inputs: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch longer width"]:
+        """Input embeddings behind that of the start token, where the language model wants one (`start_of`)."""
+        start = torch.tensor(self.start, dtype=torch.long, device=inputs.device).expand(len(inputs), -1)
+        return torch.cat([self.lm.get_input_embeddings()(start).to(inputs.dtype), inputs], dim=1)
 
     def prefix(
         self, features: Float[Tensor, "batch dim"], real: Bool[Tensor, " batch"]
@@ -238,20 +243,22 @@ class Captioner(Head):
         )
         there = tokens != IGNORED
         embedded = self.lm.get_input_embeddings()(tokens.clamp(min=0))
-        seen = torch.cat([there.new_ones(len(tokens), self.prefix_length), there], dim=1)
+        prefix = self.begun(prefix)
+        seen = torch.cat([there.new_ones(prefix.shape[:2]), there], dim=1)
         inputs = torch.cat([prefix, embedded.to(prefix.dtype)], dim=1)
         logits = self.lm(inputs_embeds=inputs, attention_mask=seen.long(), use_cache=False).logits
-        predicted = logits[:, self.prefix_length - 1 : -1]
+        predicted = logits[:, prefix.shape[1] - 1 : -1]
         return functional.cross_entropy(predicted.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
 
     def write(self, inputs: Float[Tensor, "batch length width"], *, beams: int, max_tokens: int) -> list[str]:
         """What the language model says after these input embeddings, by greedy (``beams`` 1) or beam search."""
-        end = self.tokenizer.eos_token_id
+        end, room = self.tokenizer.eos_token_id, self.context + self.prefix_length - inputs.shape[1]
+        inputs = self.begun(inputs)
         tokens = generate(
             self.lm,
             inputs_embeds=inputs,
             attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device),
-            max_new_tokens=min(max_tokens, self.context + self.prefix_length - inputs.shape[1]),
+            max_new_tokens=min(max_tokens, room),
             num_beams=beams,
             eos_token_id=end,
             pad_token_id=end,
@@ -318,6 +325,9 @@ def load_lm(
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
+    Of its settings for writing only the tokens that begin, end and pad a text are kept: a ``repetition_penalty``, as
+    some are published with, would count the words it is told and the padding too.
+
     Args:
         ref: ``tiny`` (shipped), a folder in transformers format, or a hub id.
         revision: Commit of a hub model.
@@ -326,9 +336,10 @@ def load_lm(
         empty: Read no weights; they are on torch's ``meta`` device, to be filled from elsewhere.
 
     Raises:
+        InputError: Its weights hold something else than tensors.
         SetupError: The model can be neither found nor fetched.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -340,13 +351,18 @@ def load_lm(
             with torch.device("meta"):
                 lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+            with hub.tensors_alone(str(ref)):
+                lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason, hint = str(error), f"Give tiny, a folder in transformers format, or a hub id with {key}."
         if revision:
             reason, hint = hub.explain(error, place, revision=revision)
         raise SetupError(f"the language model {ref!s} cannot be loaded: {reason}", hint=hint) from error
     _fuse_gelu(lm)
+    written = lm.generation_config
+    lm.generation_config = GenerationConfig(
+        bos_token_id=written.bos_token_id, eos_token_id=written.eos_token_id, pad_token_id=written.pad_token_id
+    )
     return lm.eval(), tokenizer
 
 
@@ -361,7 +377,7 @@ def _fuse_gelu(lm: nn.Module) -> None:
 
 
 def generate(lm: Any, **options: Any) -> Int64[Tensor, "batch length"]:
-    """What transformers' ``generate`` writes, greedily or by beam search.
+    """What transformers' ``generate`` writes, greedily or by beam search, as ``options`` say.
 
     It drops an attention mask that hides nothing, and GPT-2 then takes a text that has ended for padding and warns,
     unless its config names no token to pad with. The one in ``options`` is used either way.
@@ -372,6 +388,28 @@ def generate(lm: Any, **options: Any) -> Int64[Tensor, "batch length"]:
         return lm.generate(do_sample=False, **options)
     finally:
         config.pad_token_id = pad
+
+
+def start_of(tokenizer: Any) -> list[int]:
+    """The start token, where a tokenizer puts it before a text by itself and nothing behind it.
+
+    Llama, Mistral and Gemma are lost without it; GPT-2, Qwen and SmolLM2 know none, and CLIP's tokenizer (of `tiny`)
+    closes a text too, which is no beginning.
+    """
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if ids[0] == tokenizer.bos_token_id and ids[-1] != tokenizer.eos_token_id else []
+
+
+def embedding_scale(lm: Any) -> Float[Tensor, ""]:
+    """Standard deviation of a language model's token embeddings as its layers read them.
+
+    Gemma multiplies its table by the square root of its width on the way, so the table alone does not tell.
+    """
+    table = lm.get_input_embeddings()
+    some = torch.arange(min(len(table.weight), 1024), device=table.weight.device)
+    with torch.no_grad():
+        factor = table(some).float().norm() / table.weight[some].float().norm()
+        return table.weight.float().std() * factor
 
 
 def load_captioner(folder: Path) -> Captioner:

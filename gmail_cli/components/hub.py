@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
-from gmail_cli.errors import causes
+from gmail_cli.errors import InputError, causes
 
 
 def fetch(repository: str, *, revision: str, weights: Sequence[str]) -> Path:
@@ -34,6 +35,22 @@ def fetch(repository: str, *, revision: str, weights: Sequence[str]) -> Path:
             wanted.append(name)
             break
     return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+
+
+@contextlib.contextmanager
+def tensors_alone(name: str) -> Iterator[None]:
+    """Read weights that may lie in a file of torch's own format, which is a pickle: torch stops where one holds code.
+
+    Raises:
+        InputError: It does, or is no such file.
+    """
+    try:
+        yield
+    except (UnpicklingError, EOFError) as error:
+        raise InputError(
+            f"the weights of {name} hold something else than tensors, which is not read",
+            hint="Take weights in .safetensors files.",
+        ) from error
 
 
 def explain(error: BaseException, repository: str, *, revision: str) -> tuple[str, str]:

@@ -36,7 +36,7 @@ from gmail_cli.components.conversations import (
     refuse,
     shown,
 )
-from gmail_cli.components.heads import generate, load_lm, ridge_to
+from gmail_cli.components.heads import embedding_scale, generate, load_lm, ridge_to
 from gmail_cli.components.loop import Job, Recipe, batch_indices, seed_from
 from gmail_cli.components.pairs import Pairs
 from gmail_cli.components.questions import QuestionSet
@@ -98,7 +98,7 @@ class Llava(nn.Module):
     ) -> None:
         super().__init__()
         embeddings = lm.get_input_embeddings()
-        scale = embeddings.weight.detach().float().std()
+        scale = embedding_scale(lm)
         self.dim, self.about, self.tokenizer = dim, about, tokenizer
         self.real = Projector(dim, embeddings.embedding_dim, scale=scale)
         self.generated = copy.deepcopy(self.real) if dual else None

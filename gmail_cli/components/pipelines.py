@@ -30,6 +30,7 @@ def load_pipeline(
     *,
     revision: str = "",
     scheduler: str = "default",
+    timestep_spacing: str = "default",
     dtype: str = "float32",
     device: str = "cpu",
     lora: str = "",
@@ -43,6 +44,7 @@ def load_pipeline(
         model: ``"tiny"`` (shipped), a folder in diffusers format, or a hub id.
         revision: Commit or tag of a hub id.
         scheduler: ``"default"``, or the name of a diffusers scheduler that suits the pipeline's own.
+        timestep_spacing: ``"default"``, or where that scheduler's steps lie: ``leading``, ``linspace``, ``trailing``.
         dtype: Name of a torch dtype.
         device: Name of a torch device.
         lora: A ``.safetensors`` file of LoRA weights in diffusers' format, added into the weights; empty for none.
@@ -99,6 +101,8 @@ def load_pipeline(
         raise SetupError(f"generate.model = {model!r} cannot be loaded: {reason}", hint=hint) from error
     if scheduler != "default":
         pipeline.scheduler = _scheduler(pipeline.scheduler, scheduler)
+    if timestep_spacing != "default":
+        pipeline.scheduler = _spaced(pipeline.scheduler, timestep_spacing)
     if lora:
         _add_lora(pipeline, lora, scale=lora_scale)
     pipeline = _image_to_image(pipeline) if image_to_image else _text_to_image(pipeline)
@@ -288,6 +292,20 @@ def _scheduler(own: Any, name: str) -> Any:
             hint=f"use 'default' or one of: {', '.join(sorted(allowed))}",
         )
     return getattr(diffusers, name).from_config(own.config)
+
+
+def _spaced(scheduler: Any, spacing: str) -> Any:
+    """The scheduler with its steps elsewhere.
+
+    Raises:
+        UsageError: One whose steps have one place only.
+    """
+    if "timestep_spacing" not in scheduler.config:
+        raise UsageError(
+            f"generate.timestep_spacing = {spacing!r}: a {type(scheduler).__name__} has no such setting",
+            hint="set generate.timestep_spacing to 'default', or generate.scheduler to another",
+        )
+    return type(scheduler).from_config(scheduler.config, timestep_spacing=spacing)
 
 
 def first_line(error: Exception) -> str:

@@ -23,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from gmail_cli.components.conversations import DATE
-from gmail_cli.components.heads import load_lm
+from gmail_cli.components.conversations import TEMPLATE
+from gmail_cli.components.heads import generate, load_lm
 from gmail_cli.errors import UsageError
 
 LIKELIEST = 50
@@ -32,6 +32,8 @@ LIKELIEST = 50
 LENGTH_STEP = 32
 """Prompts are padded to a multiple of so many tokens, by one token at least: without any padding in a batch attention
 takes another path, whose last bits are others."""
+THOUGHT = ("<think>", "</think>")
+"""Between these a model thinks aloud before it answers."""
 PHRASE, REPEATS = 4, 3
 """A text that says the same so many words so many times runs in circles."""
 
@@ -89,7 +91,7 @@ class Rewriter:
         ends = getattr(lm.generation_config, "eos_token_id", None)
         known = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
         self._stops = sorted({int(each) for each in known if each is not None})
-        self._room = int(getattr(lm.config, "max_position_embeddings", 2048)) - max_tokens
+        self._room = int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2048)) - max_tokens
         asked = len(self._ask(""))
         if asked >= self._room:
             raise UsageError(
@@ -124,20 +126,24 @@ class Rewriter:
 
     def _ask(self, caption: str) -> list[int]:
         """Ids of what the model is told, up to where its text begins."""
+        chat = bool(self._tokenizer.chat_template)
+        return list(self._tokenizer(self._told(caption), add_special_tokens=not chat)["input_ids"])
+
+    def _told(self, caption: str) -> str:
+        """What the model is told."""
         text = self._instruction.replace("{}", caption)
         if not self._tokenizer.chat_template:
-            return list(self._tokenizer(text)["input_ids"])
+            return text
         try:
-            asked = self._tokenizer.apply_chat_template(
+            asked: str = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}],
                 tokenize=False,
                 add_generation_prompt=True,
-                date_string=DATE,
-                enable_thinking=False,
+                **TEMPLATE,
             )
         except Exception as error:
             raise UsageError(f"the chat template of {self._name} fails: {error}") from error
-        return list(self._tokenizer(asked, add_special_tokens=False)["input_ids"])
+        return asked
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[list[int]], wanted: Sequence[Wanted], *, length: int) -> list[str | None]:
@@ -147,12 +153,12 @@ class Rewriter:
         ids = torch.tensor([[pad] * (length - len(own)) + own for own in full], device=self._lm.device)
         seen = torch.tensor([[0] * (length - len(own)) + [1] * len(own) for own in full], device=self._lm.device)
         seeds = [_seed(each, seed=self._seed) for each in [*wanted, *[wanted[-1]] * spare]]
-        written = self._lm.generate(
+        written = generate(
+            self._lm,
             input_ids=ids,
             attention_mask=seen,
             max_new_tokens=self._max_tokens,
             num_beams=1,
-            do_sample=False,
             logits_processor=[_Draw(seeds, temperature=self._temperature)] if self._temperature else [],
             eos_token_id=self._stops or None,
             pad_token_id=pad,
@@ -160,6 +166,8 @@ class Rewriter:
         texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
         ended = [bool(set(row) & set(self._stops)) for row in written.tolist()]
         chat = bool(self._tokenizer.chat_template)
+        if chat and self._told("").rstrip().endswith(THOUGHT[0]):  # begun by the template
+            texts = [THOUGHT[0] + text for text in texts]
         return [usable(text, chat=chat, ended=whole) for text, whole in zip(texts, ended, strict=True)]
 
 
@@ -185,11 +193,13 @@ def usable(text: str, *, chat: bool, ended: bool) -> str | None:
 
     Args:
         text: As it was decoded.
-        chat: It is an answer: a first line that only announces the rest and quotation marks around it are left out.
-            Otherwise only the first line counts.
+        chat: It is an answer: thoughts before it, a first line that only announces the rest and quotation marks
+            around it are left out; thoughts that do not end are no answer. Otherwise only the first line counts.
         ended: The model came to an end by itself; if not, a sentence that was cut off is left out, where there is a
             whole one before it.
     """
+    if chat and text.lstrip().startswith(THOUGHT[0]):
+        text = text.partition(THOUGHT[1])[2]
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if not chat:
         ended, lines = ended or len(lines) > 1, lines[:1]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gmail_cli.components.arms import Arm
-from gmail_cli.components.heads import CONFIG_FILE, WEIGHTS_FILE, generate, load_lm
+from gmail_cli.components.heads import CONFIG_FILE, WEIGHTS_FILE, generate, load_lm, start_of
 from gmail_cli.components.loop import Job
 from gmail_cli.components.pairs import Pairs
 from gmail_cli.errors import InputError
@@ -186,13 +186,15 @@ def write_captions(
         progress: Called with (done, images).
     """
     tokenizer, device = model.tokenizer, features.device
-    tail = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-    ends = [tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in (".", "\n")]
-    stops = [tokenizer.eos_token_id, *(row[0] for row in ends if len(row) == 1)]
+    start, tail = start_of(tokenizer), tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    marked = [tokenizer(PROMPT + mark, add_special_tokens=False)["input_ids"] for mark in (".", "\n")]
+    stops = [tokenizer.eos_token_id, *(row[-1] for row in marked if row[:-1] == tail)]
     unit = functional.normalize(features.float(), dim=-1)
     texts = []
     for number, tokens in enumerate(model.retrieve(features)):
-        prompts = torch.tensor([[*order, *tail] for order in orders(tokens, count=model.about["orders"])]).to(device)
+        prompts = torch.tensor([[*start, *order, *tail] for order in orders(tokens, count=model.about["orders"])]).to(
+            device
+        )
         room = int(getattr(model.lm.config, "max_position_embeddings", 1024)) - prompts.shape[1]
         if room < 1:
             raise InputError(

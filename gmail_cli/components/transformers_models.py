@@ -17,12 +17,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gmail_cli.components import hub
 from gmail_cli.components.images import Interpolation, Preprocess
 from gmail_cli.errors import InputError, UsageError, import_failure
 
 CONFIG_FILE = "config.json"
 PREPROCESS_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+"""Where transformers 5 writes the same, as ``image_processor``, when a model's whole processor is saved."""
 WEIGHTS_FILE = "model.safetensors"
+PICKLED_FILE = "pytorch_model.bin"
+"""The only weights of older repositories (openai/clip-vit-base-patch32); read without running what is pickled."""
 JOINT = frozenset({"clip", "siglip"})
 """``model_type`` of models with an image and a text tower in one space (SigLIP 2 of fixed size is ``siglip`` too)."""
 IMAGES_ONLY = frozenset({"dinov2", "dinov2_with_registers", "vit"})
@@ -131,8 +136,8 @@ class Tokenizer:
 
 def is_transformers(folder: Path) -> bool:
     """Whether a folder is in transformers format; one that is also in open_clip's counts as that."""
-    there = {name for name in (CONFIG_FILE, PREPROCESS_FILE, "open_clip_config.json") if (folder / name).is_file()}
-    return there == {CONFIG_FILE, PREPROCESS_FILE}
+    described = (folder / CONFIG_FILE).is_file() and not (folder / "open_clip_config.json").is_file()
+    return described and any((folder / name).is_file() for name in (PREPROCESS_FILE, PROCESSOR_FILE))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -145,7 +150,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        given = json.loads((folder / PREPROCESS_FILE).read_text(encoding="utf-8"))
+        file = folder / (PREPROCESS_FILE if (folder / PREPROCESS_FILE).is_file() else PROCESSOR_FILE)
+        given = json.loads(file.read_text(encoding="utf-8"))
+        given = given if file.name == PREPROCESS_FILE else given["image_processor"]
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is damaged: {error}", hint="Fetch or make the model again.") from error
@@ -158,7 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name, value in plain.items():
         if isinstance(value, dict):
             plain[name] = {key: each for key, each in value.items() if key not in _VOLATILE}
-    preprocess = read_preprocess(given, where=str(folder / PREPROCESS_FILE))
+    preprocess = read_preprocess(given, where=str(file))
     if kind == "siglip":
         dim = config["vision_config"].get("hidden_size", 768)
     else:
@@ -173,6 +180,9 @@ def read_preprocess(given: Mapping[str, Any], *, where: str) -> Preprocess:
         InputError: It asks for something else than scaling (and cropping) to a square and normalising.
     """
     size, crop = given.get("size"), given.get("crop_size")
+    made_by = given.get("image_processor_type") or given.get("feature_extractor_type") or ""
+    if isinstance(size, int) and made_by.startswith(("CLIP", "Bit")):
+        size = {"shortest_edge": size}  # as openai/clip-vit-base-patch32 has it; of other processors it is a square
     crops = bool(given.get("do_center_crop", crop is not None))
     try:
         mean, std = (tuple(map(float, given[f"image_{name}"])) for name in ("mean", "std"))
@@ -216,12 +226,14 @@ def load(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Tokenizer 
     disable_progress_bar()
     try:
         kind, options = config["transformers"]["model_type"], {}
-        if kind == "vit":  # the pooler is not what we read, and often not among the weights
+        if kind == "vit" and weights_file(folder).name == WEIGHTS_FILE:
+            # The pooler is not what we read, and often not among the weights.
             with safe_open(weights_file(folder), "pt") as tensors:
                 options["add_pooling_layer"] = any(name.startswith("pooler.") for name in tensors.keys())  # noqa: SIM118
-        model, told = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-        )
+        with hub.tensors_alone(str(folder)):
+            model, told = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+            )
         if lacking := sorted(told["missing_keys"]):
             raise ValueError(f"its weights lack {lacking[0]}")
         tokenizer = None
@@ -263,10 +275,13 @@ def weights_file(folder: Path) -> Path:
     Raises:
         InputError: There are none, or they are in several files.
     """
-    if not (folder / WEIGHTS_FILE).is_file():
-        hint = f"Save it with safe_serialization and one shard, as {WEIGHTS_FILE}."
-        raise InputError(f"{folder} has no {WEIGHTS_FILE}", hint=hint)
-    return folder / WEIGHTS_FILE
+    for name in (WEIGHTS_FILE, PICKLED_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(
+        f"{folder} has no {WEIGHTS_FILE}",
+        hint=f"Save it in one shard, as {WEIGHTS_FILE}: save_pretrained(folder, max_shard_size='100GB').",
+    )
 
 
 def _preprocessor_config(preprocess: Mapping[str, Any]) -> dict[str, Any]:

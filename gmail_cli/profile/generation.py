@@ -20,6 +20,7 @@ from gmail_cli.profile.values import (
     Templates,
 )
 
+Spacing = Literal["default", "leading", "linspace", "trailing"]
 Scheduler = Literal[
     "default",
     "DDIMScheduler",
@@ -57,6 +58,8 @@ class Generator(Section):
     """As `generate.dtype`."""
     scheduler: Scheduler | None = None
     """As `generate.scheduler`."""
+    timestep_spacing: Spacing | None = None
+    """As `generate.timestep_spacing`."""
     steps: Count | None = None
     """As `generate.steps`."""
     guidance: NonNegative | None = None
@@ -140,6 +143,9 @@ class Generate(Section):
     """Number format of the pipeline; a CPU wants `float32`."""
     scheduler: Scheduler = "default"
     """Sampler: `default` keeps the pipeline's own; another must suit it."""
+    timestep_spacing: Spacing = "default"
+    """Where the sampler's steps lie: `trailing` begins with noise alone, as models distilled to few steps want it
+    (SDXL-Lightning, Hyper-SD); `default` is what the model's own sampler says."""
     steps: Count = 50
     """Denoising steps."""
     guidance: NonNegative = 7.5

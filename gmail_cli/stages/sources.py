@@ -102,6 +102,24 @@ def load_tables(embeddings: Artifact) -> list[Table]:
     return [Table.load(embeddings.folder(folder)) for folder in folders]
 
 
+def require_clip_of(aligned: Artifact, profile: Profile) -> None:
+    """Refuse an f_g that was tuned from another model than ``model.clip``: its embeddings lie in another space.
+
+    Raises:
+        InputError: Names both.
+    """
+    from gmail_cli.components.clip_files import model_digest
+
+    digest = model_digest(profile.model.clip, revision=profile.model.revision, seed=profile.seed)
+    tuned = aligned.manifest["key"]["models"]["clip"]
+    if tuned != digest:
+        raise InputError(
+            f"{aligned.path} was aligned from another model (digest {tuned[:12]}) than model.clip = "
+            f"{profile.model.clip!r} ({digest[:12]})",
+            hint="Run `gmail align` with this model.clip, or name an artifact that was made from it with --aligned.",
+        )
+
+
 def require_index(artifact: Artifact) -> None:
     """Refuse an artifact of another stage.
 

@@ -71,6 +71,8 @@ def run(
         UsageError: f_g is asked for without an align artifact, bf16 on a CPU that is slow at it.
     """
     there = _used(profile, {"generated": generated, "aligned": aligned, "train": train})
+    if aligned:
+        sources.require_clip_of(aligned, profile)
     test = _read(profile)
     with workspace.open(_key(profile, test, _digests(there))) as slot:
         if slot.done:
@@ -108,6 +110,8 @@ def run_part(
     number, parts = part
     sources.require_part(number, parts)
     there = _used(profile, {"generated": generated, "aligned": aligned, "train": train})
+    if aligned:
+        sources.require_clip_of(aligned, profile)
     test = _read(profile)
     with workspace.open(_key(profile, test, _digests(there)), shared=True) as slot:
         if slot.done:

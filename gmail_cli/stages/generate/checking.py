@@ -179,7 +179,7 @@ def _as_drawn(profile: Profile, artifact: Artifact, *, name: str, own: Record, m
     given = generators(profile.generate).get(name, profile.generate)
     kept = {name: value for name, value in own.items() if name not in ("name", "share", "rewrite", *AFTERWARDS)}
     unsaid = {"rewrite": {}, "strength": 0.0, "prompt_windows": 1, "compile": False, "keep_best": 0, "import_path": ""}
-    unsaid |= {"mix": (), "model": "tiny", "revision": "", "lora": ""}
+    unsaid |= {"timestep_spacing": "default", "mix": (), "model": "tiny", "revision": "", "lora": ""}
     weights = _weights(given, artifact, name=name, models=models)
     drawing = Generate.model_validate({**given.model_dump(), **unsaid, **kept, **weights})
     return profile.model_copy(update={"generate": drawing, "seed": seed})

@@ -61,6 +61,7 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
         generate.model,
         revision=generate.revision,
         scheduler=generate.scheduler,
+        timestep_spacing=generate.timestep_spacing,
         dtype=generate.dtype,
         device=device,
         lora=generate.lora,

@@ -30,7 +30,7 @@ PER_FOLDER = 1000
 _PIPELINE_ONLY = (
     *("per_caption", "lora_scale", "dtype", "scheduler", "steps", "guidance", "strength", "prompt_template"),
     *("rewrite", "negative_prompt", "height", "width", "batch_size", "format", "quality"),
-    *("prompt_windows", "compile"),
+    *("prompt_windows", "compile", "timestep_spacing"),
 )
 _BY_CONTENT = ("import_path", "model", "revision", "lora", "limit", "kinds", "captions_per_image", "mix")
 """Settings that enter a key through the content they choose: its inputs and models."""
@@ -256,6 +256,8 @@ def key_of(profile: Profile, dataset: Dataset, plan: Plan) -> StageKey:
         del chosen["rewrite"]
     if not generate.compile:
         del chosen["compile"]
+    if generate.timestep_spacing == "default":
+        del chosen["timestep_spacing"]
     if generate.prompt_windows == 1:
         del chosen["prompt_windows"]
     place, folder = pipelines.locate(generate.model)

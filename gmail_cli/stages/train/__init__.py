@@ -245,6 +245,8 @@ def run(
         "generated": generated.digest if generated else None,
         "aligned": aligned.digest if aligned else None,
     }
+    if aligned and any(map(reads_aligned, wanted)):
+        sources.require_clip_of(aligned, profile)
     with workspace.open(plan_key(profile, **given)) as slot:
         if slot.done:
             return slot.artifact
