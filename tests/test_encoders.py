@@ -254,9 +254,9 @@ def test_the_tokenizer_of_another_model_is_named(tmp_path: Path):
 
 def test_a_coca_is_refused_by_name(tmp_path: Path):
     with pytest.raises(UsageError, match=r"coca_ViT-B-32 is a CoCa, which is not supported"):
-        encoders.load_clip("coca_ViT-B-32")
+        clip_files.load_clip("coca_ViT-B-32")
     config = {"model_cfg": {**VIT["model_cfg"], "multimodal_cfg": {}}, "preprocess_cfg": {}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     (tmp_path / "open_clip_model.safetensors").touch()
     with pytest.raises(UsageError, match="is a CoCa"):
-        encoders.load_clip(tmp_path)
+        clip_files.load_clip(tmp_path)

@@ -109,6 +109,7 @@ CHANGES: dict[str, Any] = {
     "per_caption": 2,
     "dtype": "bfloat16",
     "scheduler": "EulerAncestralDiscreteScheduler",
+    "timestep_spacing": "trailing",
     "steps": 3,
     "guidance": 4.0,
     "prompt_template": ["a photo of {caption}", "{caption}"],
