@@ -361,6 +361,7 @@ CHANGES: dict[str, Any] = {
     "per_caption": 2,
     "dtype": "bfloat16",
     "scheduler": "EulerDiscreteScheduler",
+    "timestep_spacing": "trailing",
     "steps": 3,
     "guidance": 4.0,
     "prompt_template": ["a photo of {caption}", "{caption}"],
