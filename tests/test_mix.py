@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,13 +13,13 @@ import pytest
 import small_pipelines
 from PIL import Image
 
-from gmail_cli.artifacts import Artifact, Waiting, Workspace
+from gmail_cli.artifacts import Artifact, Waiting, Workspace, canonical_json, digest_of_list
 from gmail_cli.components import captions, pipelines
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile import build, dump, loads
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import generate
-from gmail_cli.stages.generate import checking, drawing, exporting, planning
+from gmail_cli.stages.generate import checking, drawing, exporting, mixing, planning
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -105,6 +106,24 @@ def test_who_draws_an_image_depends_on_seed_caption_and_k_and_follows_the_shares
     assert drawn(mix, seed=1) != many
     third = drawn([*mix, {"name": "c", "steps": 4, "share": 4.0}])
     assert {key for key, name in third.items() if name == "a"} < {key for key, name in many.items() if name == "a"}
+
+
+def test_what_is_said_of_a_part_of_a_plan_is_what_its_images_say() -> None:
+    """Told without making up a million names of files (`planning.Part`)."""
+    data = {"train": "scenes:train", "train_limit": 30}
+    whole = planning.plan(build({"data": data, "generate": {"per_caption": 3}}))
+    for rows in (np.arange(len(whole)), np.flatnonzero(np.random.default_rng(0).random(len(whole)) < 0.2)):
+        part = planning.Part(whole, rows)
+        images = list(part)
+        said = [[each.caption_id, each.caption, each.owner, each.label, each.k] for each in images]
+        assert part.digest() == digest_of_list(canonical_json(each) for each in said)
+        assert part.captions == len({each.caption_id for each in images})
+        assert part.owners == len({each.owner for each in images})
+    assert planning.Part(whole, np.arange(len(whole))).digest() == whole.digest()
+    about = [(each.caption_id, each.caption, each.k) for each in whole]
+    hashed = [hashlib.sha256(canonical_json(["mix", 7, *each]).encode()).digest()[:8] for each in about]
+    places = list(mixing._places(whole, seed=7))
+    assert places == pytest.approx([int.from_bytes(each, "big") / 2**64 for each in hashed])
 
 
 def test_a_mixture_survives_the_profile_and_is_checked(folders: Path) -> None:

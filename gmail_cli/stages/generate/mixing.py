@@ -7,13 +7,14 @@ own, drawn like any other, one generator after another; the mixture takes them o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, canonical_json
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.choosing import adopt_all
 from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work
-from gmail_cli.stages.generate.planning import Part, Planned, Record, generators, planned_images, read, weights_of
+from gmail_cli.stages.generate.planning import Part, Plan, Record, generators, planned_images, read, weights_of
 from gmail_cli.stages.generate.writing import counted
 
 
@@ -27,7 +28,7 @@ class Mixture:
         self.plan = planned_images(profile, dataset)
         alone = generators(profile.generate)
         edges = np.cumsum([each.share for each in profile.generate.mix])
-        places = np.fromiter((_place(each, seed=profile.seed) for each in self.plan), float, count=len(self.plan))
+        places = np.fromiter(_places(self.plan, seed=profile.seed), float, count=len(self.plan))
         self._chosen = np.searchsorted(edges / edges[-1], places, side="right")
         self.works = {
             name: Work(
@@ -132,7 +133,11 @@ class _Own:
             self.whole(self.before + done, self.before + total + self.left)
 
 
-def _place(planned: Planned, *, seed: int) -> float:
-    """Where an image falls among the shares, in [0, 1): 53 bits of SHA-256 over (seed, caption id, caption, k)."""
-    identity = canonical_json(["mix", seed, planned.caption_id, planned.caption, planned.k])
-    return (int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") >> 11) / 2**53
+def _places(plan: Plan, *, seed: int) -> Iterator[float]:
+    """Where each image falls among the shares, in [0, 1): 53 bits of SHA-256 over (seed, caption id, caption, k)."""
+    for row in range(len(plan) // plan.per_caption):
+        caption_id, caption, *_ = plan.about(row)
+        head = canonical_json(["mix", seed, caption_id, caption])[:-1]
+        for k in range(plan.per_caption):
+            digest = hashlib.sha256(f"{head},{k}]".encode()).digest()
+            yield (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -69,12 +69,12 @@ class Plan(Sequence[Planned]):
         self, rows: Sequence[tuple[Caption | None, Image]], *, per_caption: int, by_image: bool = False
     ) -> None:
         self._rows = rows
-        self._per_caption = per_caption
+        self.per_caption = per_caption
         self._by_image = by_image
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self._rows) * self._per_caption
+        return len(self._rows) * self.per_caption
 
     @overload
     def __getitem__(self, index: int) -> Planned: ...
@@ -89,16 +89,16 @@ class Plan(Sequence[Planned]):
         return self._at(range(len(self))[index])
 
     def _at(self, index: int) -> Planned:
-        row, k = divmod(index, self._per_caption)
+        row, k = divmod(index, self.per_caption)
         caption, image = self._rows[row]
         key = file_key(image.id if caption is None or self._by_image else caption.id, k)
-        stem = f"images/{(row * self._per_caption + k) // PER_FOLDER:03d}/{key}"
+        stem = f"images/{(row * self.per_caption + k) // PER_FOLDER:03d}/{key}"
         caption_id, text = (caption.id, caption.text) if caption else ("", "")
         return Planned(key, stem, caption_id, text, image.id, image.label, k)
 
     def captions_in(self, images: range) -> int:
         """Number of captions that a run of images belongs to."""
-        return (images.stop - 1) // self._per_caption - images.start // self._per_caption + 1
+        return (images.stop - 1) // self.per_caption - images.start // self.per_caption + 1
 
     @property
     def captions(self) -> int:
@@ -114,12 +114,17 @@ class Plan(Sequence[Planned]):
         """SHA-256 over what each image is drawn from: caption id, caption, owner, label, k."""
 
         def items() -> Iterator[str]:
-            for caption, image in self._rows:
-                caption_id, text = (caption.id, caption.text) if caption else ("", "")
-                head = canonical_json([caption_id, text, image.id, image.label])[:-1]
-                yield ",".join([f"{head},{k}]" for k in range(self._per_caption)])
+            for row in range(len(self._rows)):
+                head = canonical_json(self.about(row))[:-1]
+                yield ",".join([f"{head},{k}]" for k in range(self.per_caption)])
 
         return digest_of_list(items())
+
+    def about(self, row: int) -> tuple[str, str, str, str | None]:
+        """What the images of a caption have in common: caption id, caption, owner, label."""
+        caption, image = self._rows[row]
+        caption_id, text = (caption.id, caption.text) if caption else ("", "")
+        return caption_id, text, image.id, image.label
 
 
 class Part(Plan):
@@ -148,18 +153,29 @@ class Part(Plan):
     @property
     def captions(self) -> int:
         """Number of captions."""
-        return len({each.caption_id for each in self})
+        return len({self._whole.about(row)[0] for row, _ in self._places()})
 
     @property
     def owners(self) -> int:
         """Number of image records."""
-        return len({each.owner for each in self})
+        return len({self._whole.about(row)[2] for row, _ in self._places()})
 
     def digest(self) -> str:
         """As :meth:`Plan.digest`."""
-        return digest_of_list(
-            canonical_json([each.caption_id, each.caption, each.owner, each.label, each.k]) for each in self
-        )
+
+        def items() -> Iterator[str]:
+            last, head = -1, ""
+            for row, k in self._places():
+                if row != last:
+                    last, head = row, canonical_json(self._whole.about(row))[:-1]
+                yield f"{head},{k}]"
+
+        return digest_of_list(items())
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        """Which caption of the whole plan each image belongs to, and its k."""
+        for chosen in self._chosen:
+            yield divmod(int(chosen), self._whole.per_caption)
 
 
 def plan(profile: Profile) -> Plan:
