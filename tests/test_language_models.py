@@ -15,6 +15,7 @@ from gmail_cli.components import sitta
 from gmail_cli.components.conversations import DATE, IGNORED, Chat, Conversation
 from gmail_cli.components.heads import SHIPPED_LMS, Captioner, generate, generate_captions, load_lm
 from gmail_cli.components.llava import Llava
+from gmail_cli.errors import UsageError
 
 TEXTS = ["a red ball on sand", "two blue cubes.", "what is it", "A picture of", "user assistant model think"]
 THINKS = """{% for m in messages %}<|{{ m.role }}|>
@@ -75,6 +76,10 @@ def test_a_prefix_begins_with_the_start_token_and_has_the_size_of_tokens(gemma: 
         torch.testing.assert_close(inputs[:, 0], tokens[:1].expand(2, -1))
         torch.testing.assert_close(inputs[:, 1:4], captioner.prefix(features, real))
     assert captioner.context == 64 - 3 - 1
+    with pytest.raises(
+        UsageError, match=r"train\.prefix_length = 62 leaves no room for a caption: gemma reads 63 tokens"
+    ):
+        Captioner(DIM, lm=lm, tokenizer=tokenizer, lm_name="gemma", prefix_length=62)
 
 
 def test_sitta_begins_with_the_start_token_and_stops_at_a_sentence(gemma: Path):

@@ -437,6 +437,7 @@ def test_a_class_loss_needs_classes(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"tasks": ["clip"], "arms": ["real"], "batch_size": 1}, r"train\.batch_size = 1: task clip learns by telling"),
         ({"tasks": ["clipcap"], "arms": ["none"]}, "clipcap can be trained on none of them"),
         ({"tasks": ["clip-text"], "arms": ["texts"]}, "clip-text can be trained on none of them"),
         ({"tasks": ["clip"], "arms": ["real", "generated-aligned"]}, "can be trained on 'generated-aligned'"),

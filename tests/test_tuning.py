@@ -230,8 +230,12 @@ def test_adapter_of_another_model_is_refused(vit: Clip, resnet: Clip, tmp_path: 
 
 
 def test_unknown_lora_targets_are_refused(vit: Clip):
-    with pytest.raises(UsageError, match=r"align\.lora_targets"):
+    with pytest.raises(UsageError, match=r"align\.lora_targets") as caught:
         tuning.add_lora(vit, targets=["nonsense"])
+    assert "attn, c_fc, c_proj" in str(caught.value.hint)
+    with pytest.raises(UsageError) as caught:
+        tuning.add_lora(encoders.build_clip(RESNET), targets=["nonsense"])
+    assert "conv3, downsample.0" in str(caught.value.hint)
 
 
 def test_chunks_hold_fewer_activations(vit: Clip, pixels: torch.Tensor):

@@ -7,6 +7,7 @@ head; inference on real images uses the real one.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gmail_cli.components import compilation, hub
-from gmail_cli.errors import InputError, SetupError
+from gmail_cli.errors import InputError, SetupError, UsageError
 
 Mapping: TypeAlias = Literal["mlp", "transformer"]
 
@@ -28,6 +29,8 @@ WEIGHTS_FILE = "head.safetensors"
 CONFIG_FILE = "head.json"
 LM_FOLDER = "lm"
 IGNORED = -100
+LEAST_CAPTION = 2
+"""Tokens that a language model has to have room for behind the prefix: a word and the end of the text."""
 MEMORY_TEMPERATURE = 1 / 150
 """Of the weights in `remembered` (DeCap's)."""
 RIDGE = 0.1
@@ -193,6 +196,12 @@ class Captioner(Head):
         self.scale = float(embedding_scale(lm))
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {lm_name} has no end-of-text token", hint="Choose another train.lm.")
+        if self.context < LEAST_CAPTION:
+            raise UsageError(
+                f"train.prefix_length = {prefix_length} leaves no room for a caption: {lm_name} reads "
+                f"{self.context + prefix_length} tokens",
+                hint="Set it lower, or choose another train.lm.",
+            )
 
     @property
     def context(self) -> int:
@@ -354,7 +363,8 @@ def load_lm(
             with hub.tensors_alone(str(ref)):
                 lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason, hint = str(error), f"Give tiny, a folder in transformers format, or a hub id with {key}."
+        reason = textwrap.shorten(str(error), 300)
+        hint = f"Give tiny, a folder in transformers format, or a hub id with {key}."
         if revision:
             reason, hint = hub.explain(error, place, revision=revision)
         raise SetupError(f"the language model {ref!s} cannot be loaded: {reason}", hint=hint) from error

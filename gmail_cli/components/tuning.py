@@ -190,7 +190,7 @@ def add_lora(
             with _peft():
                 adapter = get_peft_model(_shell(visual), config)
         except (ValueError, TypeError) as error:
-            own = dict.fromkeys(name.rpartition(".")[2] for name in lora_targets(clip.model.visual))
+            own = dict.fromkeys(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in lora_targets(clip.model.visual))
             hint = f"Name modules of the image tower; left empty it takes {', '.join(own)}."
             raise UsageError(f"align.lora_targets = {targets}: {error}", hint=hint) from error
     for name, parameter in adapter.named_parameters():

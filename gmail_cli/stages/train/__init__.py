@@ -44,6 +44,8 @@ RECORD = "cell.json"
 METRICS = "metrics.jsonl"
 READ_FEATURES = frozenset({"clip-text", "long-clip", "clipcap", "ifcap", "sitta", "linear-probe"})
 """Tasks that train on embeddings."""
+CONTRASTIVE = frozenset({"clip-text", "long-clip", "clip"})
+"""Tasks whose loss compares the captions of a batch."""
 
 Progress = Callable[[int, int], None]
 Track = Callable[[str, Sequence[Mapping[str, float]]], None]
@@ -85,6 +87,12 @@ def cells(profile: Profile) -> list[Cell]:
         raise UsageError(
             f"train.dual_projection = {train.dual_projection!r} applies to none of the tasks {list(train.tasks)}",
             hint="Add clipcap, llava or linear-probe, or turn it off.",
+        )
+    contrastive = [cell.task for cell in found if cell.task in CONTRASTIVE and cell.arm != "none"]
+    if contrastive and train.batch_size == 1:
+        raise UsageError(
+            f"train.batch_size = 1: task {contrastive[0]} learns by telling the captions of a batch apart",
+            hint="Set it to 2 or more; the more, the better it learns.",
         )
     if train.compile and not any("compile" in TASKS[cell.task].settings for cell in found):
         raise UsageError(
