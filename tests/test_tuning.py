@@ -234,7 +234,7 @@ def test_unknown_lora_targets_are_refused(vit: Clip):
         tuning.add_lora(vit, targets=["nonsense"])
     assert "attn, c_fc, c_proj" in str(caught.value.hint)
     with pytest.raises(UsageError) as caught:
-        tuning.add_lora(encoders.build_clip(RESNET), targets=["nonsense"])
+        tuning.add_lora(clip_files.build_clip(RESNET), targets=["nonsense"])
     assert "conv3, downsample.0" in str(caught.value.hint)
 
 
