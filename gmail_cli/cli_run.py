@@ -66,7 +66,8 @@ class Context:
 
         path = profiles.locate(self.ref, named_by=self.named_by)
         loaded = profiles.load(path, overrides=self.overrides)
-        if self.ref is None and path == shipped.profiles().get(profiles.DEFAULT_PROFILE):
+        fallen_back = self.ref is None and path == shipped.profiles().get(profiles.DEFAULT_PROFILE)
+        if fallen_back and loaded.generate.model == "tiny":
             say(
                 "profile tiny: it draws only its own small world of scenes; for photographs use "
                 "--profile coco-sd21-vitb16"

@@ -318,6 +318,7 @@ def test_the_default_profile_says_that_it_draws_only_its_own_world(tmp_path: Pat
     said = "profile tiny: it draws only its own small world of scenes; for photographs use --profile coco-sd21-vitb16"
     assert said in gmail("generate", "--dry-run", cwd=tmp_path).stderr
     assert said not in gmail("generate", "--dry-run", "--profile", "tiny", cwd=tmp_path).stderr
+    assert said not in gmail("generate", "--dry-run", "--set", "generate.model=other", cwd=tmp_path).stderr
 
 
 def test_parts_of_an_embedding_wait_for_each_other(tmp_path: Path) -> None:

@@ -142,6 +142,12 @@ def test_an_export_that_was_cut_short_has_no_table_and_is_written_over(bucket: s
         exporting.export(drawn, "s3://nobody/made")
 
 
+def test_an_address_without_its_slashes_is_named(drawn: Artifact) -> None:
+    with pytest.raises(UsageError, match="'s3:sets/made' is no address") as caught:
+        exporting.export(drawn, "s3:sets/made")
+    assert caught.value.hint == "Write s3://sets/made."
+
+
 def test_a_store_that_does_not_let_in_or_does_not_answer_is_named(
     bucket: str, drawn: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -58,10 +58,13 @@ def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object
         files: Name and writer of each, taken one at a time.
 
     Raises:
-        UsageError: The folder holds something; at the URL there is a complete export.
+        UsageError: The folder holds something; at the URL there is a complete export; a URL without its slashes.
         SetupError: It cannot be written.
     """
     if "://" not in target:
+        store, _, rest = target.partition(":")
+        if rest and store in _OBJECT_STORES:
+            raise UsageError(f"{target!r} is no address", hint=f"Write {store}://{rest.lstrip('/')}.")
 
         def writer(folder: Path) -> None:
             for name, write in files:
