@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The small stand-ins of docs/reproduce.md that have no profile of their own, on the built-in world. Everything lies in
 # ./runs/tables and is reused. One part or all of them:
-#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|generators|siglip|unbiased|clip]...
+#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|again|generators|siglip|unbiased|clip]...
 set -euo pipefail
 here=$(dirname "$0")
 common=(--profile tiny --run tables)
-gmail generate "${common[@]}" > /dev/null
+drawn=$(gmail generate "${common[@]}")
 eq1=$(gmail align "${common[@]}") # Eq. 1, rank 4
 
 # Trains, embeds the test images, evaluates; prints the folder of results.json and report.html.
@@ -57,6 +57,14 @@ sitta() { # table 1
 
 towers() { gmail train "${common[@]}" --aligned "$eq1" --task clip-text --arm none "${images[@]}"; }
 
+again() { # the alignment of table 2 with other seeds: other pairs in each batch, other images held out
+  local seed
+  for seed in 1 2; do
+    cell "seed $seed" "$(gmail align "${common[@]}" --set seed=$seed --generated "$drawn")" --generated "$drawn" \
+      --task clip-text --arm none "${images[@]}"
+  done
+}
+
 other() { # table 3: other scenes by another camera
   [ -d photos ] || python "$here/other_photos.py" photos
   tested other "$(towers)" --captions photos --set data.test_limit=0 --set 'data.protocol=""' --set embed.gap_count=0
@@ -76,9 +84,9 @@ generators() { # table 17: the same weights with other settings
   for change in generate.guidance=1 generate.guidance=6 generate.steps=2; do
     (
       common+=(--set generate.score=true --set "$change")
-      drawn=$(gmail generate "${common[@]}")
-      aligned=$(gmail align "${common[@]}" --generated "$drawn")
-      cell "$change" "$aligned" --generated "$drawn" --task clip-text --arm none "${images[@]}"
+      other=$(gmail generate "${common[@]}")
+      aligned=$(gmail align "${common[@]}" --generated "$other")
+      cell "$change" "$aligned" --generated "$other" --task clip-text --arm none "${images[@]}"
     )
   done
 }
@@ -113,5 +121,5 @@ through() { # folder of f_r, name, seeds of captioners: none, no captioners
   )
 }
 
-[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned generators siglip unbiased clip
+[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned again generators siglip unbiased clip
 for part in "$@"; do "$part"; done
