@@ -6,7 +6,8 @@ set -euo pipefail
 here=$(dirname "$0")
 common=(--profile tiny --run tables)
 drawn=$(gmail generate "${common[@]}")
-eq1=$(gmail align "${common[@]}") # Eq. 1, rank 4
+align() { gmail align "${common[@]}" --generated "$drawn" "$@"; } # options
+eq1=$(align) # Eq. 1, rank 4
 
 # Trains, embeds the test images, evaluates; prints the folder of results.json and report.html.
 cell() { # name, align artifact, options of train
@@ -35,7 +36,7 @@ clipcap() { # tables 1, 6, 13, 16
 rank() { # tables 11, 12
   local aligned
   for change in align.lora_rank=2 align.lora_rank=4 align.lora_rank=6 align.method=full; do
-    aligned=$(gmail align "${common[@]}" --set "$change")
+    aligned=$(align --set "$change")
     cell "$change" "$aligned" --task clip-text --arm none "${images[@]}"
   done
 }
@@ -60,8 +61,7 @@ towers() { gmail train "${common[@]}" --aligned "$eq1" --task clip-text --arm no
 again() { # the alignment of table 2 with other seeds: other pairs in each batch, other images held out
   local seed
   for seed in 1 2; do
-    cell "seed $seed" "$(gmail align "${common[@]}" --set seed=$seed --generated "$drawn")" --generated "$drawn" \
-      --task clip-text --arm none "${images[@]}"
+    cell "seed $seed" "$(align --set seed=$seed)" --task clip-text --arm none "${images[@]}"
   done
 }
 
@@ -73,7 +73,7 @@ other() { # table 3: other scenes by another camera
 tuned() { # section 3.2: real test images through f_g, which in `both` learns to read them too
   local both trained
   tested tuned "$(towers)" --aligned "$eq1" --set embed.real_encoder=tuned
-  both=$(gmail align "${common[@]}" --set align.objective=eq1+real-text)
+  both=$(align --set align.objective=eq1+real-text)
   trained=$(gmail train "${common[@]}" --aligned "$both" --task clip-text --arm none "${images[@]}")
   tested both "$trained"
   tested both-tuned "$trained" --aligned "$both" --set embed.real_encoder=tuned
@@ -84,9 +84,9 @@ generators() { # table 17: the same weights with other settings
   for change in generate.guidance=1 generate.guidance=6 generate.steps=2; do
     (
       common+=(--set generate.score=true --set "$change")
-      other=$(gmail generate "${common[@]}")
-      aligned=$(gmail align "${common[@]}" --generated "$other")
-      cell "$change" "$aligned" --generated "$other" --task clip-text --arm none "${images[@]}"
+      drawn=$(gmail generate "${common[@]}")
+      aligned=$(align)
+      cell "$change" "$aligned" --task clip-text --arm none "${images[@]}"
     )
   done
 }
@@ -115,7 +115,7 @@ through() { # folder of f_r, name, seeds of captioners: none, no captioners
   local aligned
   (
     common+=(--set "model.clip=$1")
-    aligned=$(gmail align "${common[@]}")
+    aligned=$(align)
     cell "$2" "$aligned" --task clip-text --arm none "${images[@]}"
     [ $# -eq 2 ] || cell "$2-clipcap" "$aligned" --task clipcap "${images[@]}" "${learnt[@]}" "${@:3}"
   )
