@@ -137,7 +137,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.bin").write_text("x")
     manifest = {"schema": "gmail.manifest/1"}
-    for stage in ("embed", "index"):
+    for stage in ("align", "embed", "index"):
         (tmp_path / "made" / stage).mkdir(parents=True)
         (tmp_path / "made" / stage / "manifest.json").write_text(
             json.dumps({**manifest, "key": {"stage": stage, "version": VERSIONS[stage]}})
@@ -161,7 +161,7 @@ tiny-lm, tiny; or give the path of a TOML file.
 WRONG = {
     "artifacts gc": "exit 3\nerror: no folder runs\nhint: Give the folder of runs with --workspace.\n",
     "artifacts gc --workspace made --run nope": (
-        "exit 3\nerror: no run 'nope' in made\nhint: Runs there: embed, index.\n"
+        "exit 3\nerror: no run 'nope' in made\nhint: Runs there: align, embed, index.\n"
     ),
     "artifacts verify folder": (
         "exit 3\nerror: folder is not an artifact: it has no manifest.json\n"
@@ -216,6 +216,10 @@ WRONG = {
     "artifacts export made/index out": (
         "exit 3\nerror: made/index holds no embeddings of images or captions\n"
         "hint: Give a folder made by `gmail embed`, such as runs/tiny/embed/latest.\n"
+    ),
+    "artifacts export made/align out": (
+        "exit 3\nerror: made/align holds no embeddings of images or captions\n"
+        "hint: Its models need no export: clip/ loads in open_clip or transformers as it is, adapter/ in peft.\n"
     ),
     "eval -p tiny --tolerance all=1": (
         "exit 2\nerror: --tolerance all=1 without --baseline\n"

@@ -152,6 +152,8 @@ def export(artifact: Artifact, folder: Path) -> int:
     there = [name for name in names if f"{name}/table.json" in artifact.files]
     if not there:
         hint = "Give a folder made by `gmail embed`, such as runs/tiny/embed/latest."
+        if artifact.stage in ("align", "train"):
+            hint = "Its models need no export: clip/ loads in open_clip or transformers as it is, adapter/ in peft."
         raise InputError(f"{artifact.path} holds no embeddings of images or captions", hint=hint)
     images, texts = (Table.load(artifact.folder(name)) if name in there else None for name in names)
     left_out = 0
