@@ -123,12 +123,13 @@ def estimate(context: Context, batches: int) -> None:
 
     profile, space = context.load()
     steps = plan.steps(profile, space, stages=["generate"])
-    told = checking.estimate(profile, batches=batches)
+    told = checking.estimate(profile, space, batches=batches)
     context.print_plan(steps, estimate=told)
     if context.as_json:
         return
     prompts = f", {told['prompts']:,} prompts to write" if "prompts" in told else ""
-    typer.echo(f"          {told['images']:,} images of {told['captions']:,} captions{prompts}")
+    there = f", {told['reused']:,} of them there already" if told["reused"] else ""
+    typer.echo(f"          {told['images']:,} images of {told['captions']:,} captions{there}{prompts}")
     if batches and prompts:
         typer.echo(f"          {told['seconds_per_prompt']:.3g} s a prompt")
     if batches:

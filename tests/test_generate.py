@@ -264,9 +264,10 @@ def test_an_estimate_is_drawn_from_batches_that_are_not_kept(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     profile = profile_for(pipeline_folder, captions_file, per_caption=2)
-    assert checking.estimate(profile) == {"images": 48, "captions": 24}
-    told = checking.estimate(profile, batches=2)
-    made = generate.run(profile, Workspace(tmp_path / "runs"))
+    space = Workspace(tmp_path / "runs")
+    assert checking.estimate(profile, space) == {"images": 48, "captions": 24, "reused": 0}
+    told = checking.estimate(profile, space, batches=2)
+    made = generate.run(profile, space)
     sizes = [row["bytes"] for row in made.read_jsonl("records.jsonl")]
     assert told["bytes_per_image"] == sum(sizes[:8]) // 8
     assert told["bytes"] == 48 * told["bytes_per_image"]
@@ -275,7 +276,7 @@ def test_an_estimate_is_drawn_from_batches_that_are_not_kept(
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     imported = build({"generate": {"source": "import", "import_path": str(made.path)}})
     with pytest.raises(UsageError, match="imported images are not drawn"):
-        checking.estimate(imported, batches=1)
+        checking.estimate(imported, space, batches=1)
 
 
 # -- import ----------------------------------------------------------------------------------------------------

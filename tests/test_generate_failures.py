@@ -43,8 +43,8 @@ def line(pipeline: Path | str, *more: str, captions: str = "captions.txt", run: 
     return ["generate", "--captions", captions, "--run", run, *(f"--set={each}" for each in options), *more]
 
 
-def latest(run: str) -> Artifact:
-    return Artifact.load(Path("runs", run, "generate", "latest"))
+def latest(run: str, workspace: str = "runs") -> Artifact:
+    return Artifact.load(Path(workspace, run, "generate", "latest"))
 
 
 def test_ctrl_c_finishes_the_batch_and_says_what_is_there(
@@ -66,8 +66,8 @@ def test_ctrl_c_finishes_the_batch_and_says_what_is_there(
     rows = [json.loads(each) for each in records.read_text().splitlines()]
     assert len(rows) == len(list(here.rglob("*.png"))) == 12
     assert gmail(monkeypatch, *line(pipeline_folder)) == 0
-    assert gmail(monkeypatch, *line(pipeline_folder, run="whole")) == 0
-    assert latest("one").content == latest("whole").content
+    assert gmail(monkeypatch, *line(pipeline_folder, "--workspace", "whole")) == 0
+    assert latest("one").content == latest("one", "whole").content
 
 
 @pytest.mark.parametrize("largest", [700, 3000])  # an image does not fit; the log does not, and is torn
@@ -91,8 +91,8 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_is_lost(
     assert "finished files are kept" in told
     assert not list(here.rglob("*.tmp"))
     assert gmail(monkeypatch, *line(pipeline_folder)) == 0
-    assert gmail(monkeypatch, *line(pipeline_folder, run="whole")) == 0
-    assert latest("one").content == latest("whole").content
+    assert gmail(monkeypatch, *line(pipeline_folder, "--workspace", "whole")) == 0
+    assert latest("one").content == latest("one", "whole").content
 
 
 def test_captions_that_break_in_the_middle_stop_before_anything_is_drawn(
@@ -179,11 +179,11 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[Full], None]:
 def test_a_batch_that_fits_once_the_memory_is_emptied_gives_the_same_bytes(
     here: Path, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, memory: Callable[[Full], None]
 ) -> None:
-    assert gmail(monkeypatch, *line(pipeline_folder, run="whole")) == 0
+    assert gmail(monkeypatch, *line(pipeline_folder, "--workspace", "whole")) == 0
     memory(full := Full(8, refusals=1))
     assert gmail(monkeypatch, *line(pipeline_folder)) == 0
     assert full.refusals < 0
-    assert latest("one").content == latest("whole").content
+    assert latest("one").content == latest("one", "whole").content
 
 
 def test_a_warm_up_finds_the_batch_that_fits_and_a_run_names_a_smaller_one(

@@ -80,11 +80,11 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
     assert told["pipeline"] == json.loads((folders / kind / "model_index.json").read_text())["_class_name"]
 
     for part in ("2/2", "1/2"):
-        generate(monkeypatch, folders / kind, "reversed.jsonl", "--shard", part, run="parts")
-    assert images(Path("runs/parts/generate/latest")) == expected
+        generate(monkeypatch, folders / kind, "reversed.jsonl", "--shard", part, "--workspace", "parts")
+    assert images(Path("parts/one/generate/latest")) == expected
     monkeypatch.setattr(diffusion, "ENCODED", {})
-    generate(monkeypatch, folders / kind, "captions.jsonl", run="text")
-    assert images(Path("runs/text/generate/latest")) == expected
+    generate(monkeypatch, folders / kind, "captions.jsonl", "--workspace", "text")
+    assert images(Path("text/one/generate/latest")) == expected
 
 
 @pytest.mark.parametrize(

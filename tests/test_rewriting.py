@@ -333,7 +333,7 @@ def test_generators_of_a_mixture_are_told_what_one_alone_is_told_and_loaded_one_
     texts_of = [{row["key"]: row["rewritten"] for row in each.read_jsonl("records.jsonl")} for each in (mixed, alone)]
     assert texts_of[0] == texts_of[1]
     assert mixed.summary["not_rewritten"] == alone.summary["not_rewritten"]
-    assert checking.estimate(profile(folder, mix=mix)) == {"images": 40, "captions": 20, "prompts": 40}
+    assert checking.estimate(profile(folder, mix=mix), Workspace(tmp_path / "none"))["prompts"] == 40
 
 
 PRELOADED = [
@@ -441,10 +441,11 @@ def test_ctrl_c_finishes_the_prompts_in_progress(folder: Path, tmp_path: Path) -
 def test_a_dry_run_says_how_many_prompts_and_what_they_cost(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert checking.estimate(profile(folder)) == {"images": 40, "captions": 20, "prompts": 40}
+    space = Workspace(tmp_path)
+    assert checking.estimate(profile(folder), space) == {"images": 40, "captions": 20, "reused": 0, "prompts": 40}
     one = OWN | {"per_image": False}
-    assert checking.estimate(profile(folder, rewrite=one))["prompts"] == 20
-    told = checking.estimate(profile(folder), batches=1)
+    assert checking.estimate(profile(folder, rewrite=one), space)["prompts"] == 20
+    told = checking.estimate(profile(folder), space, batches=1)
     assert told["seconds"] == pytest.approx(40 * (told["seconds_per_prompt"] + told["seconds_per_image"]))
     monkeypatch.chdir(tmp_path)
     line = ["gmail", "generate", "--dry-run", "--limit", "2", "--set", "generate.rewrite.lm=tiny"]

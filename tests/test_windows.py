@@ -203,8 +203,8 @@ def test_long_captions_are_the_same_bytes_in_any_order_and_shard_and_none_is_cut
     assert "prompt_windows" not in told[1].manifest["key"]["settings"]
     whole = images(told[3].path)
     for part in ("2/2", "1/2"):
-        generate(monkeypatch, folders / kind, "reversed.jsonl", "--shard", part, *more, run="parts")
-    assert images(tmp_path / "runs/parts/generate/latest") == whole
+        generate(monkeypatch, folders / kind, "reversed.jsonl", "--shard", part, *more, "--workspace", "parts")
+    assert images(tmp_path / "parts/one/generate/latest") == whole
     moved = {
         most: {caption for caption, k in whole if images(told[most].path)[caption, k] != whole[caption, k]}
         for most in (1, 2)

@@ -8,15 +8,16 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-from gmail_cli.artifacts import Artifact, file_sha256, folder_digest
+from gmail_cli.artifacts import Artifact, Workspace, file_sha256, folder_digest
 from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile.generation import Generate
 from gmail_cli.profile.schema import Profile
-from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work, encode, load_sampler
+from gmail_cli.stages.generate.drawing import Progress, Work, encode, load_sampler
 from gmail_cli.stages.generate.mixing import Mixture
 from gmail_cli.stages.generate.planning import (
     AFTERWARDS,
+    RECORDS,
     Record,
     drawn_by,
     generators,
@@ -29,17 +30,19 @@ ACROSS_DEVICES = 2.0
 """Mean absolute difference of pixels, of 255, that another kind of device may make."""
 
 
-def estimate(profile: Profile, *, batches: int = 0) -> Record:
+def estimate(profile: Profile, workspace: Workspace, *, batches: int = 0) -> Record:
     """What `run` would make, and what it would cost.
 
     Args:
         profile: As for `run`.
+        workspace: Where images of finished sets are that `run` would take over.
         batches: How many to draw now, after one that is not counted, to tell time and disk from; nothing is written.
 
     Returns:
-        images, captions, with ``generate.rewrite`` also prompts, how many are to be written; with ``batches`` also
-        seconds_per_prompt, seconds_per_image, seconds, bytes_per_image and bytes, and where ``generate.batch_size``
-        does not fit the memory, ``batch_size``: name of a generator -> a size that fits.
+        images, captions, reused, how many of the images are there already, with ``generate.rewrite`` also prompts, how
+        many are to be written; with ``batches`` also seconds_per_prompt, seconds_per_image, seconds, bytes_per_image
+        and bytes, and where ``generate.batch_size`` does not fit the memory, ``batch_size``: name of a generator -> a
+        size that fits.
 
     Raises:
         UsageError: Imported images are not drawn.
@@ -47,7 +50,8 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
     mixture = Mixture(profile) if profile.generate.mix else None
     works = list(mixture.works.values()) if mixture else [Work(profile)]
     plan = mixture.plan if mixture else works[0].plan
-    told: Record = {"images": len(plan), "captions": plan.captions}
+    there = {each.key.digest: each.at_hand(workspace) for each in works}
+    told: Record = {"images": len(plan), "captions": plan.captions, "reused": sum(there.values())}
     prompts = [work.prompts for work in works if work.prompts is not None]
     if prompts:
         told["prompts"] = sum(each.count for each in prompts)
@@ -60,7 +64,7 @@ def estimate(profile: Profile, *, batches: int = 0) -> Record:
     smaller: dict[str, int] = {}
     for work in works:
         cost = _cost(work, batches)
-        seconds += cost.seconds * len(work.plan)
+        seconds += cost.seconds * (len(work.plan) - there[work.key.digest])
         size += cost.bytes * len(work.plan)
         if cost.batch_size < work.profile.generate.batch_size:
             smaller[work.key.settings["name"]] = cost.batch_size

@@ -11,8 +11,8 @@ from gmail_cli.errors import InputError, UsageError
 from gmail_cli.profile.generation import Generate
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages import features, sources
-from gmail_cli.stages.generate.drawing import RECORDS, Progress
-from gmail_cli.stages.generate.planning import Record, limit_of
+from gmail_cli.stages.generate.drawing import Progress
+from gmail_cli.stages.generate.planning import RECORDS, Record, limit_of
 from gmail_cli.stages.generate.writing import counted
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _score(profile: Profile, workspace: Workspace, drawn: Artifact, *, progress:
             for name in (*quality.COLUMNS, "unsafe")
             if (values := [row[name] for row in rows if row.get(name) is not None])
         }
-        summary = {**drawn.summary, **told}
+        summary = {name: value for name, value in drawn.summary.items() if name != "reused"} | told
         slot.write_text(REPORT, _report(slot.key, drawn, summary, rows, rejected=(), real=real))
         return slot.commit(summary=summary, device=encoders.describe_device(device))
 

@@ -18,6 +18,7 @@ from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.planning import (
+    RECORDS,
     Jobs,
     Plan,
     Planned,
@@ -29,6 +30,7 @@ from gmail_cli.stages.generate.planning import (
     templates_of,
     weights_of,
 )
+from gmail_cli.stages.generate.reuse import Earlier, Found, look
 from gmail_cli.stages.generate.writing import Prompts, counted, free
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
     from gmail_cli.components.captions import Dataset
 
-RECORDS = "records.jsonl"
 IMPORT_CHUNK = 64
 """Images brought in between two writes of their records."""
 SHARD = 256
@@ -95,6 +96,9 @@ def load_sampler(profile: Profile, *, dataset: Dataset | None = None) -> tuple[d
     return diffusion.Sampler(pipeline, sampling=sampling, begins=begins), shown
 
 
+_DESCRIBED = ("pipeline", "scheduler", "encodings_reused")
+
+
 def _describe(sampler: diffusion.Sampler) -> Record:
     """What drew the images, as far as the settings do not say it."""
     return {
@@ -128,6 +132,7 @@ class Work:
         self.shards = [range(at, min(at + step, len(self.plan))) for at in range(0, len(self.plan), step)]
         self.jobs = Jobs(self.plan, templates=templates_of(generate))
         self.prompts = Prompts(profile, self.plan) if generate.rewrite.lm else None
+        self.earlier = Earlier({})
         self._sampler: diffusion.Sampler | None = None
         self._device = "cpu"
 
@@ -138,7 +143,10 @@ class Work:
     def make(self, workspace: Workspace, *, progress: Progress | None) -> Artifact:
         """Make or find the artifact."""
         with workspace.open(self.key) as slot:
-            return slot.artifact if slot.done else self.finish(slot, progress=progress)
+            if slot.done:
+                return slot.artifact
+            self.look(slot, workspace)
+            return self.finish(slot, progress=progress)
 
     def make_part(
         self, workspace: Workspace, *, part: tuple[int, int], progress: Progress | None
@@ -147,12 +155,33 @@ class Work:
         number, parts = part
         with workspace.open(self.key, shared=True) as slot:
             if not slot.done:
+                self.look(slot, workspace)
                 count = len(self.shards)
                 self.fill(slot, self.shards[count * (number - 1) // parts : count * number // parts], progress=progress)
                 done = sum(self.log(slot, shard).is_complete() for shard in self.shards)
                 if done < count:
                     return Waiting(self.key, done, count)
         return self.make(workspace, progress=None)
+
+    def look(self, slot: Slot, workspace: Workspace) -> None:
+        """Look for images that other artifacts of the workspace hold; once, whoever resumes remembers."""
+        if self.profile.generate.source == "import":
+            return
+        kept = slot.checkpoints("earlier")
+        places = kept.load()
+        if places is None:
+            places = look(workspace, self.key, device=device_of(self.profile))
+            kept.save(places)
+            if workspace.tell and places:
+                workspace.tell(f"generate: what {' and '.join(places)} hold of these images is taken over")
+        self.earlier = Earlier(places)
+
+    def at_hand(self, workspace: Workspace) -> int:
+        """How many of the images finished artifacts of the workspace hold."""
+        if self.profile.generate.source == "import":
+            return 0
+        earlier = Earlier(look(workspace, self.key, device=device_of(self.profile)))
+        return sum(len(earlier.find(self.plan[shard.start : shard.stop])) for shard in self.shards) if earlier else 0
 
     def finish(self, slot: Slot, *, progress: Progress | None) -> Artifact:
         """Make the shards that are missing, and the artifact."""
@@ -161,11 +190,12 @@ class Work:
             lost = [shard for shard in self.shards if not self._adopt(slot, shard)]
             if not lost:
                 break
-        told = Counter[str]()
+        told, reused = Counter[str](), Counter[str]()
 
         def rows() -> Iterator[Record]:
             for shard in self.shards:
                 for record in self.log(slot, shard).read():
+                    reused[record.pop("reused", "")] += 1
                     told["truncated"] += record["truncated"]
                     told["redrawn"] += record["attempt"] > 0
                     told.update(counted([record]))
@@ -182,9 +212,15 @@ class Work:
         }
         if self.prompts is not None:
             summary["not_rewritten"] = told["not_rewritten"]
+        drawn = reused.pop("", 0)
+        origins = [Artifact.load(home) for home in self.earlier.homes if home.name in reused and home.is_dir()]
         if self.profile.generate.source == "pipeline":
-            summary |= {**_describe(self.sampler()), "weights": weights_of(self.profile.generate)}
-        return slot.commit(summary=summary, device=self._device)
+            described = _describe(self.sampler()) if drawn or not origins else origins[0].summary
+            summary |= {name: described[name] for name in _DESCRIBED} | {"weights": weights_of(self.profile.generate)}
+        if reused:
+            summary["reused"] = dict(sorted(reused.items()))
+        devices = {*([self._device] if drawn else []), *(str(each.manifest["device"]) for each in origins)}
+        return slot.commit(summary=summary, device=", ".join(sorted(devices)) or self._device)
 
     def fill(self, slot: Slot, shards: Sequence[range], *, progress: Progress | None) -> None:
         """Make the prompts and images of shards that are missing and that no other process is making.
@@ -269,11 +305,40 @@ class Work:
             planned = self.plan[position]
             return _write(slot, planned, content, extension=extension, width=width, height=height) | made
 
-        position = start
-        where = {"first": shard.start - before, "start": start - before, "stop": shard.stop - before}
-        for batch in self.sampler().draw(jobs, **where):
-            yield [partial(task, position + row, drawn) for row, drawn in enumerate(batch)]
-            position += len(batch)
+        def there(position: int) -> Task:
+            return partial(_taken_over, slot, self.plan[position], found[position])
+
+        found = self._found(shard, written)
+        if found:
+            left = [position for position in shard if position not in found]
+            images = [self.plan[position] for position in left]
+            texts = [written[position - before] for position in left] if written is not None else None
+            jobs = Jobs(images, templates=templates_of(self.profile.generate), written=texts)
+            begun = sum(position < start for position in left)
+            where = {"first": 0, "start": begun, "stop": len(left)}
+            places = iter(left[begun:])
+        else:
+            where = {"first": shard.start - before, "start": start - before, "stop": shard.stop - before}
+            places = iter(range(start, shard.stop))
+        at = start
+        for batch in self.sampler().draw(jobs, **where) if where["start"] < where["stop"] else ():
+            tasks: list[Task] = []
+            for drawn in batch:
+                place = next(places)
+                tasks += [*map(there, range(at, place)), partial(task, place, drawn)]
+                at = place + 1
+            yield tasks
+        for first in range(at, shard.stop, IMPORT_CHUNK):
+            yield [there(position) for position in range(first, min(first + IMPORT_CHUNK, shard.stop))]
+
+    def _found(self, shard: range, written: Sequence[str | None] | None) -> dict[int, Found]:
+        """Position -> image, of those of a shard that are there already."""
+        found = self.earlier.find(self.plan[shard.start : shard.stop]) if self.earlier else {}
+        return {
+            shard.start + place: each
+            for place, each in found.items()
+            if (written is None or each.record["rewritten"] == written[place]) and each.is_whole()
+        }
 
     def sampler(self) -> diffusion.Sampler:
         """The pipeline, loaded when it is first needed."""
@@ -304,6 +369,13 @@ def _imported(slot: Slot, plan: Plan, dataset: Dataset, *, name: str, rows: rang
 
     for first in range(rows.start, rows.stop, IMPORT_CHUNK):
         yield [partial(task, row) for row in range(first, min(first + IMPORT_CHUNK, rows.stop))]
+
+
+def _taken_over(slot: Slot, planned: Planned, found: Found) -> Record:
+    """The record of an image that another artifact holds; its log tells which."""
+    path = f"{planned.stem}{found.file.suffix}"
+    slot.link_loose(path, found.file)
+    return found.record | {"path": path, "reused": found.home.name}
 
 
 def _write(slot: Slot, planned: Planned, content: bytes, *, extension: str, width: int, height: int) -> Record:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gmail_cli.artifacts import EXPORTED, Artifact, export_files
-from gmail_cli.stages.generate.drawing import RECORDS, Progress
-from gmail_cli.stages.generate.planning import Record, drawn_by
+from gmail_cli.stages.generate.drawing import Progress
+from gmail_cli.stages.generate.planning import RECORDS, Record, drawn_by
 
 
 def export(artifact: Artifact, target: str, *, shard_images: int = 10_000, progress: Progress | None = None) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, canonical_json
 from gmail_cli.profile.schema import Profile
 from gmail_cli.stages.generate.choosing import adopt_all
-from gmail_cli.stages.generate.drawing import RECORDS, Progress, Work
-from gmail_cli.stages.generate.planning import Part, Plan, Record, generators, planned_images, read, weights_of
+from gmail_cli.stages.generate.drawing import Progress, Work
+from gmail_cli.stages.generate.planning import RECORDS, Part, Plan, Record, generators, planned_images, read, weights_of
 from gmail_cli.stages.generate.writing import counted
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from gmail_cli.components.captions import Caption, Dataset, Image
 
+RECORDS = "records.jsonl"
 PER_FOLDER = 1000
 """Images in one folder."""
 _PIPELINE_ONLY = (
