@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The small stand-ins of docs/reproduce.md that have no profile of their own, on the built-in world. Everything lies in
 # ./runs/tables and is reused. One part or all of them:
-#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|again|generators|siglip|unbiased|clip]...
+#   benchmarks/tables.sh [clipcap|rank|long|ifcap|sitta|other|tuned|again|generators|questions|siglip|unbiased|clip]...
 set -euo pipefail
 here=$(dirname "$0")
 common=(--profile tiny --run tables)
@@ -91,6 +91,19 @@ generators() { # table 17: the same weights with other settings
   done
 }
 
+questions() { # tables 10, 15
+  [ -d questions ] || python "$here/scene_questions.py" questions > /dev/null
+  asked "$eq1" questions
+}
+
+asked() { # align artifact, name, options
+  (
+    common+=(--set train.lm=questions/lm --set train.conversations=questions/conversations.json --set eval.answer_tokens=4)
+    common+=(--set 'eval.questions=["questions/scienceqa","questions/mmmu.parquet"]')
+    cell "$2" "$1" --task llava "${images[@]}" "${learnt[@]}" --set train.steps=600 "${seeds[@]}" "${@:3}"
+  )
+}
+
 siglip() { # table 8
   through "$(another siglip --set train.architecture=tiny-siglip.json)" siglip "${seeds[@]}"
 }
@@ -121,5 +134,5 @@ through() { # folder of f_r, name, seeds of captioners: none, no captioners
   )
 }
 
-[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned again generators siglip unbiased clip
+[ $# -gt 0 ] || set -- clipcap rank long ifcap sitta other tuned again generators questions siglip unbiased clip
 for part in "$@"; do "$part"; done
