@@ -26,6 +26,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch.nn import functional
 
 from gmail_cli.components import scenes
 from gmail_cli.components.conversations import IGNORED, IMAGE_ID, Chat, Conversation
@@ -44,6 +45,8 @@ PROMPT = "Describe the image in one sentence."
 TEXTS = 20_000
 """Scenes whose captions the language model learns from, none of them among those that are shown."""
 BATCH = 24
+LANGUAGE = 0.1
+"""Weight of the loss over all tokens beside that over answers."""
 
 Values = dict[str, list[str]]
 
@@ -63,7 +66,7 @@ def main() -> None:
     records = []
     for index in range(given.training):
         scene = scenes.sample_scene("train", index)
-        turns = talk(scene, values, about=0)
+        turns = talk(scene, values)
         said = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(turns)]
         records.append({"id": scene.scene_id, "image": scene.scene_id, "conversations": said})
     (folder / "conversations.json").write_text(json.dumps(records, indent=1))
@@ -72,14 +75,14 @@ def main() -> None:
     language_model(folder / "lm", values, steps=given.steps, test=given.test)
 
 
-def talk(scene: scenes.Scene, values: Values, *, about: int) -> list[str]:
-    """Some questions about a scene, each with its answer, then the request for a caption with caption ``about``."""
+def talk(scene: scenes.Scene, values: Values) -> list[str]:
+    """Some questions about a scene, each with its answer, then the request for a caption with the first one."""
     facts, dice = scenes.attributes(scene), random.Random(f"talk/{scene.scene_id}")
     turns: list[str] = []
     for name in dice.sample(list(ASKED), ASKED_AT_ONCE):
         turns += asked("scienceqa" if dice.random() < 1 / 3 else "mmmu", facts, name, values, dice)
     turns[0] = f"<image>\n{turns[0]}"
-    return [*turns, PROMPT, scenes.captions(scene)[about]]
+    return [*turns, PROMPT, scenes.captions(scene)[0]]
 
 
 def asked(
@@ -151,11 +154,11 @@ def language_model(folder: Path, values: Values, *, steps: int, test: int) -> No
 
     known = [scenes.sample_scene("train", 100_000 + index) for index in range(TEXTS)]
     shown = [scenes.captions(scene)[0] for scene in known]
-    talks = [talk(scene, values, about=index % 5) for index, scene in enumerate(known)]
+    talks = [talk(scene, values)[:-2] for scene in known]
     tokenizer = tokenizer_of([*shown, *("\n".join(each) for each in talks)])
     chat = Chat(tokenizer, name="lm", image_tokens=1, limit=512)
     rows = [
-        filled(chat.tokens(Conversation(id="", image="", turns=tuple(turns)))[0], tokenizer, caption)
+        filled(*chat.tokens(Conversation(id="", image="", turns=tuple(turns))), tokenizer, caption)
         for turns, caption in zip(talks, shown, strict=True)
     ]
     torch.manual_seed(0)
@@ -176,14 +179,18 @@ def language_model(folder: Path, values: Values, *, steps: int, test: int) -> No
     dice, start = random.Random(0), time.perf_counter()
     for step in range(steps):
         ids, labels = padded(dice.sample(rows, BATCH))
-        loss = model(input_ids=ids, labels=labels).loss
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        answers = functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
+        tokens = functional.cross_entropy(logits, ids[:, 1:].flatten(), ignore_index=tokenizer.pad_token_id)
+        loss = answers + LANGUAGE * tokens
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step}, loss {loss.item():.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+            told = f"answers {answers.item():.3f}, tokens {tokens.item():.3f}"
+            print(f"step {step}, loss of {told}, {time.perf_counter() - start:.0f} s", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     right = {kind: answered(model.eval(), chat, kind, values, test) for kind in ("scienceqa", "mmmu")}
@@ -200,17 +207,18 @@ def tokenizer_of(texts: Sequence[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=learned._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def filled(ids: list[int], tokenizer: Any, caption: str) -> list[int]:
-    """Token ids of turns with a caption in the place of the image."""
-    place = ids.index(IMAGE_ID)
-    return [*ids[:place], *tokenizer(caption)["input_ids"], *ids[place + 1 :]]
+def filled(ids: list[int], labels: list[int], tokenizer: Any, caption: str) -> tuple[list[int], list[int]]:
+    """Token ids of turns with a caption in the place of the image, and their labels."""
+    place, words = ids.index(IMAGE_ID), tokenizer(caption)["input_ids"]
+    told = [*labels[:place], *[IGNORED] * len(words), *labels[place + 1 :]]
+    return [*ids[:place], *words, *ids[place + 1 :]], told
 
 
-def padded(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels of a batch: every token is learned."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([each + [0] * (longest - len(each)) for each in rows])
-    return ids, torch.tensor([each + [IGNORED] * (longest - len(each)) for each in rows])
+def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of a batch."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([each + [0] * (longest - len(each)) for each, _ in rows])
+    return ids, torch.tensor([each + [IGNORED] * (longest - len(each)) for _, each in rows])
 
 
 def answered(model: Any, chat: Chat, kind: Literal["scienceqa", "mmmu"], values: Values, test: int) -> float:
@@ -221,7 +229,8 @@ def answered(model: Any, chat: Chat, kind: Literal["scienceqa", "mmmu"], values:
         name, options, value = test_question(kind, index, values)
         question = Question(id=name, options=tuple(options), right=(0,), groups=(), text=ASKED[name])
         text = QuestionSet(benchmark=kind, questions=(question,), files=()).prompt(question)
-        ids = filled(chat.question([f"<image>\n{text}"]), chat.tokenizer, scenes.captions(scene)[0])
+        asking = chat.question([f"<image>\n{text}"])
+        ids, _ = filled(asking, asking, chat.tokenizer, scenes.captions(scene)[0])
         made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :]
         given = chat.tokenizer.decode(made, skip_special_tokens=True).strip()
         right += given == ("ABCDE"[options.index(value)] if options else value)
