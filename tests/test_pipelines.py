@@ -23,7 +23,8 @@ OPTIONS: dict[str, list[str]] = {
     "sd-lcm": ["generate.guidance=1.0"],
     "flux": ["generate.height=16", "generate.width=16"],
     "flux-schnell": ["generate.height=16", "generate.width=16"],
-    "qwen-image": ["generate.height=32", "generate.width=32"],
+    **dict.fromkeys(("qwen-image", "z-image"), ["generate.height=32", "generate.width=32"]),
+    **dict.fromkeys(("chroma", "flux2-klein"), ["generate.height=16", "generate.width=16"]),
 }
 """What differs from two steps and a guidance of 3."""
 SAMPLING = diffusion.Sampling(steps=2, guidance=3.0, batch_size=2, height=32, width=32)
@@ -76,7 +77,7 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
     expected = images(Path("runs/one/generate/latest"))
     assert len(expected) == len(set(expected.values())) == 2 * len(NOUNS)
     told = json.loads(capsys.readouterr().out)["summary"]
-    assert told["encodings_reused"] == (kind not in ("lcm", "qwen-image"))
+    assert told["encodings_reused"] == (told["pipeline"] in diffusion.ENCODED)
     assert told["pipeline"] == json.loads((folders / kind / "model_index.json").read_text())["_class_name"]
 
     for part in ("2/2", "1/2"):
@@ -97,6 +98,9 @@ def test_images_are_the_same_bytes_in_any_order_shard_and_encoding(
         ("pixart-alpha", 120),
         ("pixart-sigma", 300),
         ("sana", 300),
+        ("chroma", 512),
+        ("auraflow", 256),
+        ("cogview4", 1024),
     ],
     indirect=["kind"],
 )

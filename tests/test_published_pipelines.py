@@ -137,12 +137,107 @@ def test_nothing_is_said_of_weights_that_are_found_as_a_variant(
     assert "rror" not in capfd.readouterr().err
 
 
-def test_qwen_image_gives_an_image_that_no_longer_prompt_beside_it_moves(folder: Callable[[str], Path]) -> None:
-    """It pads to the longest prompt of a batch, which moves the last bits of the others."""
-    pipeline = pipelines.load_pipeline(str(folder("qwen-image")))
+@pytest.mark.parametrize("kind", ["qwen-image", "cogview4", "z-image"])
+def test_no_longer_prompt_beside_it_moves_an_image(kind: str, folder: Callable[[str], Path]) -> None:
+    """They pad to the longest prompt of a batch, which moves the last bits of the others; CogView 4 attends to it."""
+    pipeline = pipelines.load_pipeline(str(folder(kind)))
     together, alone = floats(pipeline, JOBS), floats(pipeline, JOBS[:1])
     assert torch.equal(together[JOBS[0]], alone[JOBS[0]])
     assert together.keys() == set(JOBS)
+
+
+def test_prompts_of_one_number_of_tokens_are_of_one_wherever_they_stand(folder: Callable[[str], Path]) -> None:
+    """Qwen's tokenizer cuts by what follows: a full stop is a token of its own before the end of a turn, not before <."""
+    from transformers import Qwen2TokenizerFast
+
+    pipeline = pipelines.load_pipeline(str(folder("qwen-image")))
+    vocabulary = pipeline.tokenizer.get_vocab()
+    vocabulary = {token: row for token, row in vocabulary.items() if row < 256} | {".<": 259}
+    pipeline.tokenizer = Qwen2TokenizerFast(vocab=vocabulary | {"<|im_end|>": 258}, merges=[(".", "<")])
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    jobs = [diffusion.Job(text, text, 0) for text in ("a cat.", "a cat", "a cow.", "a dog")]
+    assert list(sampler._batches(jobs, range(4))) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("kind", ["z-image", "flux2-klein"])
+def test_what_a_chat_says_before_a_prompt_takes_room(kind: str, folder: Callable[[str], Path]) -> None:
+    sampler = diffusion.Sampler(pipelines.load_pipeline(str(folder(kind))), sampling=SAMPLING)
+    room = 512 - len(sampler.pipeline.tokenizer("<|im_start|>user\n").input_ids)
+    assert sampler._truncated(["a" * room, "a" * (room + 1)]) == [False, True]
+
+
+def test_text_encoders_that_read_one_length_whatever_their_tokenizers_say(folder: Callable[[str], Path]) -> None:
+    """HunyuanDiT's T5 256 tokens, each of HiDream's four encoders 128."""
+    for pipeline, limit in (
+        (pipelines.load_pipeline(str(folder("hunyuan-dit"))), 256),
+        (small_pipelines.hidream(), 128),
+    ):
+        sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+        assert sampler._truncated([" ".join("a" * count) for count in (limit - 1, limit)]) == [False, True]
+
+
+def test_z_image_is_led_away_at_a_guidance_of_one_too(folder: Callable[[str], Path]) -> None:
+    """It adds the scale to 1, so that only 0 leaves it without guidance."""
+    pipeline = pipelines.load_pipeline(str(folder("z-image")))
+    assert pixels(pipeline, guidance=1.0) != pixels(pipeline, guidance=1.0, negative_prompt="bad")
+
+
+# -- kinds that were never tried -------------------------------------------------------------------------------
+
+
+def untried(pipeline: Any, **methods: Any) -> Any:
+    """The pipeline as one of a class that nobody has seen."""
+    pipeline.__class__ = type("UnseenPipeline", (type(pipeline),), methods)
+    return pipeline
+
+
+def test_an_unseen_pipeline_is_drawn_with_if_rows_do_not_change_each_other(folder: Callable[[str], Path]) -> None:
+    expected = pixels(pipelines.load_pipeline(str(folder("sd1"))))
+    assert pixels(untried(pipelines.load_pipeline(str(folder("sd1"))))) == expected
+
+    def mixed(self: Any, *args: Any, **options: Any) -> Any:
+        own, negative = type(self).__mro__[1].encode_prompt(self, *args, **options)
+        return own + own.mean(0), negative
+
+    pipeline = untried(pipelines.load_pipeline(str(folder("sd1"))), encode_prompt=mixed)
+    drawn(pipeline, [JOBS[0]])
+    with pytest.raises(UsageError, match=r"UnseenPipeline draws an image otherwise .* beside others") as told:
+        drawn(pipeline, [JOBS[0], diffusion.Job("dog", "a dog", 0)])
+    assert told.value.hint == "set generate.batch_size to 1"
+    assert len({*pixels(pipeline, batch_size=1)}) == 3
+
+
+def test_an_unseen_pipeline_that_is_driven_otherwise_is_named(folder: Callable[[str], Path]) -> None:
+    def missing(self: Any, *args: Any, **options: Any) -> Any:
+        return [][0]
+
+    pipeline = untried(pipelines.load_pipeline(str(folder("sd1"))), encode_prompt=missing)
+    with pytest.raises(UsageError, match="a UnseenPipeline cannot be driven as other pipelines are: list index"):
+        drawn(pipeline)
+
+    def of_images(self: Any, image: Any, prompt: str = "", guidance_scale: float = 1.0) -> Any:
+        return image
+
+    with pytest.raises(UsageError, match="does not draw from text alone, it takes no generator"):
+        drawn(untried(pipelines.load_pipeline(str(folder("sd1"))), __call__=of_images))
+
+
+def test_another_size_than_was_asked_for_is_named(folder: Callable[[str], Path]) -> None:
+    pipeline = pipelines.load_pipeline(str(folder("flux")))  # it takes multiples of 4 here, and rounds without a word
+    with pytest.raises(
+        UsageError, match=r"height = 16, width = 20 where generate\.height = 18 and generate\.width = 20"
+    ):
+        drawn(pipeline, height=18, width=20)
+
+
+def test_prompts_that_wait_are_tokenised_once(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = diffusion.Sampler(pipelines.load_pipeline(str(folder("qwen-image"))), sampling=SAMPLING)
+    told: list[str] = []
+    count = sampler._alike
+    monkeypatch.setattr(sampler, "_alike", lambda prompt: told.append(prompt) or count(prompt))
+    jobs = [diffusion.Job(f"{row}", "a " + "b" * (row % 5), k) for row in range(20) for k in range(2)]
+    assert sorted(row for rows in sampler._batches(jobs, range(40)) for row in rows) == [*range(40)]
+    assert sorted(told) == sorted({job.prompt for job in jobs})
 
 
 def test_steps_lie_where_models_of_few_steps_want_them(folder: Callable[[str], Path]) -> None:
@@ -206,6 +301,20 @@ def test_a_lora_of_the_text_encoder_is_added_too(
     save_file(words, file.with_name("words.safetensors"))
     told = pipelines.load_pipeline(str(folder(kind)), lora=str(file.with_name("words.safetensors")))
     assert pixels(told, **size)[0] != pixels(pipelines.load_pipeline(str(folder(kind))), **size)[0]
+
+
+def test_a_lora_is_read_once(
+    folder: Callable[[str], Path], lora: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    file, read = lora("sd1"), list[str]()
+    whole = safetensors.torch.load_file
+    monkeypatch.setattr(
+        "safetensors.torch.load_file", lambda path, **more: read.append(str(path)) or whole(path, **more)
+    )
+    pipelines.load_pipeline(str(folder("sd1")), lora=str(file))
+    assert read.count(str(file)) == 1
 
 
 def test_a_lora_in_the_format_of_kohya(folder: Callable[[str], Path], lora: Callable[[str], Path]) -> None:

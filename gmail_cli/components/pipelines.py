@@ -3,9 +3,11 @@ that begins with an image."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +210,8 @@ def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            given = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
-            pipeline.load_lora_weights(**given, use_safetensors=True)
-            network = getattr(pipeline, "unet", None)
-            read = pipeline.lora_state_dict(**given, use_safetensors=True, unet_config=network and network.config)
-            named = {name for name in (read[0] if isinstance(read, tuple) else read) if _DOWN.search(name)}
+            with _noted(pipeline) as named:
+                pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
             parts = pipeline.get_list_adapters()
             adapted = sum(_adapted(getattr(pipeline, part)) for part in parts)
             if adapted and adapted >= len(named):
@@ -227,6 +226,23 @@ def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
         f"generate.lora = {file!r} does not fit this {kind}: {reason}",
         hint="name LoRA weights that were trained on this model, in diffusers' or kohya's format",
     )
+
+
+@contextlib.contextmanager
+def _noted(pipeline: Any) -> Iterator[set[str]]:
+    """The names of the LoRA weights that diffusers reads meanwhile, by its own names of them."""
+    read_file, names = pipeline.lora_state_dict, set[str]()
+
+    def read(*args: Any, **options: Any) -> Any:
+        given = read_file(*args, **options)
+        names.update(name for name in (given[0] if isinstance(given, tuple) else given) if _DOWN.search(name))
+        return given
+
+    pipeline.lora_state_dict = read
+    try:
+        yield names
+    finally:
+        del pipeline.lora_state_dict
 
 
 def _adapted(network: Any) -> int:
