@@ -56,19 +56,19 @@ _FIXED = (
     *("LatentConsistencyModelPipeline", "ChromaPipeline", "HunyuanDiTPipeline", "AuraFlowPipeline"),
     *("HiDreamImagePipeline", "CogView3PlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline"),
 )
-"""More pipelines that pad every prompt to one length. Others may pad to the longest of a batch, which moves the last bits
-of the shorter ones; they are given prompts of one number of tokens."""
+"""More pipelines that pad every prompt to one length. Others may pad to the longest of a batch, which moves the last
+bits of the shorter ones; they are given prompts of one number of tokens."""
 _TRIED = (
     *(*ENCODED, "LatentConsistencyModelPipeline", "QwenImagePipeline", "CogView4Pipeline", "ZImagePipeline"),
     *("ChromaPipeline", "HunyuanDiTPipeline", "AuraFlowPipeline", "Flux2KleinPipeline"),
 )
-"""Pipelines that tests draw with. The first batch of another is drawn twice, to see that rows do not change each other."""
+"""Pipelines that tests draw with. The first batch of another is drawn twice, to see that no row changes another."""
 _CHATS = ("Flux2Pipeline", "Flux2KleinPipeline", "ZImagePipeline")
 """Pipelines whose text encoder reads a prompt as a user's turn of a chat."""
 _READ = {"HunyuanDiTPipeline": 256}
 """Tokens of a prompt that the last text encoder is given where this is no setting of the pipeline's."""
 _BEFORE = ("", " ", "\n", "> ")
-"""What may stand before a prompt when a pipeline encodes it, as far as tokenizers let it change how the prompt is cut."""
+"""What may stand before a prompt when a pipeline encodes it, as far as it changes how tokenizers cut the prompt."""
 
 
 _ILL_SIZED = re.compile(r"[Ss]izes? of tensors?|invalid for input of size")
