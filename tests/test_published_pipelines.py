@@ -87,7 +87,12 @@ def edited(place: Path, target: Path, **changed: Any) -> str:
     return str(target)
 
 
-def test_pipelines_that_cannot_be_drawn_with_are_named(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_pipelines_that_cannot_be_drawn_with_are_named(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+    from diffusers.utils import dummy_torch_and_transformers_and_sentencepiece_objects as dummies
+
     sd1 = folder("sd1")
     with pytest.raises(SetupError, match=r"is a NextPipeline, which diffusers \d\S* does not have"):
         pipelines.load_pipeline(edited(sd1, tmp_path / "next", _class_name="NextPipeline"))
@@ -95,6 +100,11 @@ def test_pipelines_that_cannot_be_drawn_with_are_named(folder: Callable[[str], P
         pipelines.load_pipeline(edited(sd1, tmp_path / "own", _class_name=["pipeline", "OwnPipeline"]))
     with pytest.raises(UsageError, match="StableDiffusionInpaintPipeline, which needs an image"):
         pipelines.load_pipeline(edited(sd1, tmp_path / "hole", _class_name="StableDiffusionInpaintPipeline"))
+    monkeypatch.setattr(diffusers, "KolorsPipeline", dummies.KolorsPipeline)  # as where sentencepiece is not installed
+    monkeypatch.setattr(pipelines, "find_spec", lambda name: None if name == "sentencepiece" else name)
+    with pytest.raises(SetupError, match="is a KolorsPipeline, for which diffusers needs sentencepiece") as told:
+        pipelines.load_pipeline(edited(sd1, tmp_path / "kolors", _class_name="KolorsPipeline"))
+    assert told.value.hint == "pip install sentencepiece"
     pickled = Path(edited(sd1, tmp_path / "pickled"))
     (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors") as told:

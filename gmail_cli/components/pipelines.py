@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _require_class(config: dict[str, Any], *, model: str) -> None:
     """Check that diffusers has the pipeline that a ``model_index.json`` names.
 
     Raises:
-        SetupError: It has not, or the pipeline is code that comes with the model.
+        SetupError: It has not, it has not without another package, or the pipeline is code that comes with the model.
     """
     import diffusers
 
@@ -134,6 +135,12 @@ def _require_class(config: dict[str, Any], *, model: str) -> None:
         raise SetupError(
             f"generate.model = {model!r} is a {kind}, which diffusers {diffusers.__version__} does not have",
             hint="install a diffusers that has it, or take another model",
+        )
+    if getattr(diffusers, kind).__module__.startswith("diffusers.utils.dummy"):
+        needed = [name for name in getattr(diffusers, kind)._backends if not find_spec(name)]
+        raise SetupError(
+            f"generate.model = {model!r} is a {kind}, for which diffusers needs {' and '.join(needed)}",
+            hint=f"pip install {' '.join(needed)}",
         )
 
 
