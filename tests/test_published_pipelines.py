@@ -226,6 +226,16 @@ def test_an_unseen_pipeline_that_is_driven_otherwise_is_named(folder: Callable[[
     with pytest.raises(UsageError, match=r"a UnseenPipeline cannot be driven as other pipelines are: .it"):
         drawn(pipeline)
 
+    def one_alone(self: Any, *args: Any, **options: Any) -> Any:
+        return type(self).__mro__[1].encode_prompt(self, *args, **options)[0].expand(3, -1, -1) + torch.zeros(2, 1, 1)
+
+    pipeline = untried(
+        pipelines.load_pipeline(str(folder("sd1"))), encode_prompt=one_alone
+    )  # as PRX does, with guidance
+    with pytest.raises(UsageError, match=r"cannot draw with .*: The size of tensor a") as told:
+        drawn(pipeline, [JOBS[0]], batch_size=1, height=0, width=0)
+    assert "some pipelines generate.batch_size = 1" in str(told.value.hint)
+
     def of_images(self: Any, image: Any, prompt: str = "", guidance_scale: float = 1.0) -> Any:
         return image
 

@@ -398,12 +398,15 @@ class Sampler:
                 output_type="pt",
             )
         except (ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not (sampling.height and _ILL_SIZED.search(str(error))):
+            tried = type(self.pipeline).__name__ in _TRIED
+            sized = bool(sampling.height or not tried)
+            if isinstance(error, RuntimeError) and not (sized and _ILL_SIZED.search(str(error))):
                 raise
             raise UsageError(
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
                 f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {first_line(error)}",
-                hint="set others in [generate]; some schedulers need at least 4 steps",
+                hint="set others in [generate]; some schedulers need at least 4 steps"
+                + ("" if tried else ", and some pipelines generate.batch_size = 1"),
             ) from error
         except (TypeError, AttributeError, IndexError, KeyError) as error:
             if type(self.pipeline).__name__ in _TRIED:
