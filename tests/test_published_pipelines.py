@@ -187,12 +187,6 @@ def test_text_encoders_that_read_one_length_whatever_their_tokenizers_say(folder
     assert hidream._truncated(["a" * 128, "a" * 129]) == [False, True]
 
 
-def test_z_image_is_led_away_at_a_guidance_of_one_too(folder: Callable[[str], Path]) -> None:
-    """It adds the scale to 1, so that only 0 leaves it without guidance."""
-    pipeline = pipelines.load_pipeline(str(folder("z-image")))
-    assert pixels(pipeline, guidance=1.0) != pixels(pipeline, guidance=1.0, negative_prompt="bad")
-
-
 # -- kinds that were never tried -------------------------------------------------------------------------------
 
 

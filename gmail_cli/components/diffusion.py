@@ -502,7 +502,7 @@ class _Encodings:
             given: dict[str, Any] = {"prompt": list(prompts)}
             # Qwen-Image does not guide without; its authors take one blank for none
             negative = sampling.negative_prompt or (" " if self._sampler.guidance_name == "true_cfg_scale" else "")
-            if negative:
+            if sampling.guidance > 1 and negative:
                 given["negative_prompt"] = [negative] * len(prompts)
             if "max_sequence_length" in self._sampler.accepted and self._sampler.text_length:
                 given["max_sequence_length"] = self._sampler.text_length
