@@ -39,8 +39,13 @@ def commit_of(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def local_hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
-    """Serve folders as repositories, each at one commit (`commit_of`) and as ``main``."""
+def local_hub(repositories: Mapping[str, Path], *, gated: Mapping[str, str] | None = None) -> Iterator[Hub]:
+    """Serve folders as repositories, each at one commit (`commit_of`) and as ``main``.
+
+    Args:
+        repositories: Folder of each.
+        gated: The token that is let in, of repositories whose files are not for everybody; what they hold is.
+    """
     hub = Hub()
     commits = {name: commit_of(folder) for name, folder in repositories.items()}
 
@@ -82,7 +87,7 @@ def local_hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
             self.answer(200, json.dumps(about).encode())
 
         def file(self, repository: str, revision: str, name: str) -> None:
-            if not self.known(repository, revision):
+            if not self.known(repository, revision) or not self.let_in(repository):
                 return
             if name not in _files(repositories[repository]):
                 self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commits[repository]})
@@ -101,6 +106,14 @@ def local_hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
                 self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
                 return False
             return True
+
+        def let_in(self, repository: str) -> bool:
+            """As the hub: 401 without a token, 403 with one of a user who did not accept the terms."""
+            token, told = (gated or {}).get(repository), self.headers.get("Authorization")
+            if token is None or told == f"Bearer {token}":
+                return True
+            self.answer(403 if told else 401, headers={"X-Error-Code": "GatedRepo"})
+            return False
 
         def answer(self, code: int, content: bytes = b"", *, headers: Mapping[str, str] | None = None) -> None:
             self.send_response(code)

@@ -51,13 +51,13 @@ def t5_encoder(hidden: int = 16) -> Any:
     )
 
 
-def autoencoder(*, channels: int = 4, shift: float | None = None) -> Any:
+def autoencoder(*, channels: int = 4, shift: float | None = None, levels: int = 2) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=channels,
         norm_num_groups=2,
         sample_size=16,
@@ -260,6 +260,257 @@ def qwen_image() -> Any:
     )
 
 
+def chat_tokenizer() -> Any:
+    """Of bytes, with a prompt as a user's turn."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2TokenizerFast
+
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2TokenizerFast(vocab={token: row for row, token in enumerate(tokens)}, merges=[])
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+SMALL_LM = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def flux2_klein() -> Any:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(4,),
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+            layers_per_block=1,
+            latent_channels=1,
+            norm_num_groups=1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**SMALL_LM, head_dim=8, num_hidden_layers=28, vocab_size=259)),
+        tokenizer=chat_tokenizer(),
+        transformer=Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,  # of three layers
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+    )
+
+
+def z_image() -> Any:
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 32, 32],
+    )
+    with torch.no_grad():  # it leaves them as they were in memory
+        transformer.x_pad_token.fill_(1.0)
+        transformer.cap_pad_token.fill_(1.0)
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(shift=0.1),
+        text_encoder=Qwen3Model(Qwen3Config(**SMALL_LM, head_dim=8, num_hidden_layers=2, vocab_size=259)),
+        tokenizer=chat_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def cogview4() -> Any:
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
+    from tokenizers.processors import TemplateProcessing
+    from transformers import GlmConfig, GlmForCausalLM
+
+    tokenizer = chat_tokenizer()
+    tokenizer.padding_side = "left"
+    tokenizer.backend_tokenizer.post_processor = (
+        TemplateProcessing(  # as GLM's, which begins every text with two tokens
+            single="<|im_start|> <|im_end|> $A", special_tokens=[("<|im_start|>", 257), ("<|im_end|>", 258)]
+        )
+    )
+    return CogView4Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=GlmForCausalLM(
+            GlmConfig(**SMALL_LM, head_dim=8, num_hidden_layers=2, vocab_size=259, pad_token_id=256)
+        ),
+        vae=autoencoder(),
+        transformer=CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=4,
+            num_attention_heads=4,
+            text_embed_dim=16,
+            time_embed_dim=8,
+            condition_dim=4,
+            sample_size=8,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+    )
+
+
+def hunyuan_dit() -> Any:
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    return HunyuanDiTPipeline(
+        vae=autoencoder(levels=4),  # it takes a pixel of the latents for 8
+        text_encoder=BertModel(config),
+        tokenizer=BertTokenizerFast(vocab={word: row for row, word in enumerate(words)}, model_max_length=77),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=HunyuanDiT2DModel(
+            sample_size=4,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            in_channels=4,
+            cross_attention_dim=16,
+            cross_attention_dim_t5=16,
+            pooled_projection_dim=16,
+            hidden_size=16,
+            activation_fn="gelu-approximate",
+        ),
+        scheduler=DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def chroma() -> Any:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(shift=0.1),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        transformer=ChromaTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+            approximator_num_channels=16,
+        ),
+    )
+
+
+def auraflow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    return AuraFlowPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=autoencoder(),
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_projection_dim=16,
+            joint_attention_dim=16,
+            out_channels=4,
+            pos_embed_max_size=256,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def hidream() -> Any:
+    """Not among `KINDS`: whatever size it is asked for, it denoises 4,096 patches."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, HiDreamImagePipeline, HiDreamImageTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+
+    tokenizers = [clip_tokenizer(), clip_tokenizer()]
+    config = CLIPTextConfig(
+        vocab_size=len(CLIP_TOKENS),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=248,  # its authors' is longer than others'
+        projection_dim=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    for tokenizer in tokenizers:
+        tokenizer.model_max_length = 218
+    language, words = chat_tokenizer(), t5_tokenizer()
+    language.model_max_length = words.model_max_length = 512
+    return HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(shift=0.1),
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizers[0],
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=t5_encoder(),
+        tokenizer_3=words,
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(**SMALL_LM, num_hidden_layers=2, vocab_size=259)),
+        tokenizer_4=language,
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_channels=[16, 16],
+            text_emb_dim=16,
+            num_routed_experts=2,
+            num_activated_experts=1,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(32, 32),
+            llama_layers=(0, 1),
+        ),
+    )
+
+
 def _pixart(kind: str) -> Any:
     import diffusers
 
@@ -360,6 +611,12 @@ KINDS: dict[str, Callable[[], Any]] = {
     "flux-schnell": flux_schnell,
     "lcm": latent_consistency_pipeline,
     "qwen-image": qwen_image,
+    "cogview4": cogview4,
+    "z-image": z_image,
+    "flux2-klein": flux2_klein,
+    "hunyuan-dit": hunyuan_dit,
+    "chroma": chroma,
+    "auraflow": auraflow,
 }
 
 

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -392,3 +393,35 @@ def test_a_model_folder_digest_follows_its_bytes(tmp_path: Path) -> None:
     assert folder_digest(tmp_path) != first
     with pytest.raises(InputError, match="is not a folder"):
         folder_digest(tmp_path / "none")
+
+
+def test_an_export_that_was_killed_leaves_nothing_when_it_is_made_again(tmp_path: Path) -> None:
+    """Not even where each process has the same number, as in a container."""
+
+    def in_a_child(writer: Callable[[Path], object]) -> int:
+        child = os.fork()
+        if child == 0:
+            artifacts.export_folder(tmp_path / "made", writer)
+            os._exit(0)
+        return os.waitpid(child, 0)[1]
+
+    def killed(folder: Path) -> None:
+        (folder / "half").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def whole(folder: Path) -> None:
+        (folder / "file").write_bytes(b"whole")
+
+    def beside_another(folder: Path) -> None:
+        whole(folder)
+        assert in_a_child(killed) == signal.SIGKILL
+        assert (folder / "file").read_bytes() == b"whole", "a process that still writes is left alone"
+
+    assert in_a_child(killed) == signal.SIGKILL
+    (tmp_path / f".made.{os.getpid()}.tmp").mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
+    artifacts.export_folder(tmp_path / "made", whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    (tmp_path / "made" / "file").unlink()
+    artifacts.export_folder(tmp_path / "made", beside_another)
+    assert (tmp_path / "made" / "file").read_bytes() == b"whole"

@@ -66,6 +66,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "small/pipeline": WEIGHTS / "pipeline",
         "small/lm": WEIGHTS / "lm",
         "small/checker": checker,
+        "gated/pipeline": WEIGHTS / "pipeline",
         "published/light": light,
         "published/both": both,
         "published/pickled": pickled,
@@ -75,7 +76,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def hub(repositories: dict[str, Path]) -> Iterator[Hub]:
-    with local_hub(repositories) as running:
+    with local_hub(repositories, gated={"gated/pipeline": "accepted"}) as running:
         yield running
 
 
@@ -227,3 +228,29 @@ def test_what_the_hub_lacks_is_named(gmail: Gmail, arguments: str, repository: s
     }[why]
     assert error.endswith(f" cannot be loaded: {reason}")
     assert hint == f"hint: {advice}"
+
+
+def test_weights_whose_terms_were_not_accepted_are_named(
+    gmail: Gmail, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [
+        "generate.model=gated/pipeline",
+        f"generate.revision={commit_of(WEIGHTS / 'pipeline')}",
+        "generate.steps=1",
+    ]
+    arguments = ["--profile", "tiny", *_settings(*chosen), "--limit", "1", "--run", "gated"]
+    for token in ("", "of-another-user"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        done = gmail("generate", *arguments)
+        assert done.returncode == 4
+        error, hint = done.stderr.strip().splitlines()[-2:]
+        assert error == (
+            "error: generate.model = 'gated/pipeline' cannot be loaded: it is for those who accepted its owner's terms"
+        )
+        assert hint == (
+            "hint: Accept them on the repository's page (or ask for access there), then log in with `hf auth login`, "
+            "or set HF_TOKEN."
+        )
+    assert not list((user / "runs" / "gated").rglob("*.png"))
+    monkeypatch.setenv("HF_TOKEN", "accepted")
+    assert gmail("generate", *arguments).returncode == 0

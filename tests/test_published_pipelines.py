@@ -18,7 +18,10 @@ from torch import Tensor
 from gmail_cli.components import diffusion, pipelines
 from gmail_cli.errors import InputError, SetupError, UsageError
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # in diffusers' own Chroma
+]
 
 SAMPLING = diffusion.Sampling(steps=2, guidance=3.0, batch_size=2, height=32, width=32)
 WORDS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -84,7 +87,12 @@ def edited(place: Path, target: Path, **changed: Any) -> str:
     return str(target)
 
 
-def test_pipelines_that_cannot_be_drawn_with_are_named(folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_pipelines_that_cannot_be_drawn_with_are_named(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+    from diffusers.utils import dummy_torch_and_transformers_and_sentencepiece_objects as dummies
+
     sd1 = folder("sd1")
     with pytest.raises(SetupError, match=r"is a NextPipeline, which diffusers \d\S* does not have"):
         pipelines.load_pipeline(edited(sd1, tmp_path / "next", _class_name="NextPipeline"))
@@ -92,6 +100,11 @@ def test_pipelines_that_cannot_be_drawn_with_are_named(folder: Callable[[str], P
         pipelines.load_pipeline(edited(sd1, tmp_path / "own", _class_name=["pipeline", "OwnPipeline"]))
     with pytest.raises(UsageError, match="StableDiffusionInpaintPipeline, which needs an image"):
         pipelines.load_pipeline(edited(sd1, tmp_path / "hole", _class_name="StableDiffusionInpaintPipeline"))
+    monkeypatch.setattr(diffusers, "KolorsPipeline", dummies.KolorsPipeline)  # as where sentencepiece is not installed
+    monkeypatch.setattr(pipelines, "find_spec", lambda name: None if name == "sentencepiece" else name)
+    with pytest.raises(SetupError, match="is a KolorsPipeline, for which diffusers needs sentencepiece") as told:
+        pipelines.load_pipeline(edited(sd1, tmp_path / "kolors", _class_name="KolorsPipeline"))
+    assert told.value.hint == "pip install sentencepiece"
     pickled = Path(edited(sd1, tmp_path / "pickled"))
     (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(InputError, match=r"diffusion_pytorch_model\.safetensors") as told:
@@ -137,12 +150,109 @@ def test_nothing_is_said_of_weights_that_are_found_as_a_variant(
     assert "rror" not in capfd.readouterr().err
 
 
-def test_qwen_image_gives_an_image_that_no_longer_prompt_beside_it_moves(folder: Callable[[str], Path]) -> None:
-    """It pads to the longest prompt of a batch, which moves the last bits of the others."""
-    pipeline = pipelines.load_pipeline(str(folder("qwen-image")))
+@pytest.mark.parametrize("kind", ["qwen-image", "cogview4", "z-image"])
+def test_no_longer_prompt_beside_it_moves_an_image(kind: str, folder: Callable[[str], Path]) -> None:
+    """They pad to the longest prompt of a batch, which moves the last bits of the others; CogView 4 attends to it."""
+    pipeline = pipelines.load_pipeline(str(folder(kind)))
     together, alone = floats(pipeline, JOBS), floats(pipeline, JOBS[:1])
     assert torch.equal(together[JOBS[0]], alone[JOBS[0]])
     assert together.keys() == set(JOBS)
+
+
+def test_prompts_of_one_number_of_tokens_are_of_one_wherever_they_stand(folder: Callable[[str], Path]) -> None:
+    """A full stop is a token of its own where Qwen's turn ends after it, whatever other signs it goes together with."""
+    from transformers import Qwen2TokenizerFast
+
+    pipeline = pipelines.load_pipeline(str(folder("qwen-image")))
+    vocabulary = pipeline.tokenizer.get_vocab()
+    vocabulary = {token: row for token, row in vocabulary.items() if row < 256} | {".<": 259}
+    pipeline.tokenizer = Qwen2TokenizerFast(vocab=vocabulary | {"<|im_end|>": 258}, merges=[(".", "<")])
+    sampler = diffusion.Sampler(pipeline, sampling=SAMPLING)
+    jobs = [diffusion.Job(text, text, 0) for text in ("a cat.", "a cat", "a cow.", "a dog")]
+    assert list(sampler._batches(jobs, range(4))) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("kind", ["z-image", "flux2-klein"])
+def test_what_a_chat_says_before_a_prompt_takes_room(kind: str, folder: Callable[[str], Path]) -> None:
+    sampler = diffusion.Sampler(pipelines.load_pipeline(str(folder(kind))), sampling=SAMPLING)
+    room = 512 - len(sampler.pipeline.tokenizer("<|im_start|>user\n").input_ids)
+    assert sampler._truncated(["a" * room, "a" * (room + 1)]) == [False, True]
+
+
+def test_text_encoders_that_read_one_length_whatever_their_tokenizers_say(folder: Callable[[str], Path]) -> None:
+    """HunyuanDiT's T5 reads 256 tokens, here two for a word, each of HiDream's four encoders 128."""
+    hunyuan = diffusion.Sampler(pipelines.load_pipeline(str(folder("hunyuan-dit"))), sampling=SAMPLING)
+    assert hunyuan._truncated([" ".join("a" * words) for words in (127, 128)]) == [False, True]
+    hidream = diffusion.Sampler(small_pipelines.hidream(), sampling=SAMPLING)
+    assert hidream._truncated(["a" * 128, "a" * 129]) == [False, True]
+
+
+# -- kinds that were never tried -------------------------------------------------------------------------------
+
+
+def untried(pipeline: Any, **methods: Any) -> Any:
+    """The pipeline as one of a class that nobody has seen."""
+    pipeline.__class__ = type("UnseenPipeline", (type(pipeline),), methods)
+    return pipeline
+
+
+def test_an_unseen_pipeline_is_drawn_with_if_rows_do_not_change_each_other(folder: Callable[[str], Path]) -> None:
+    expected = pixels(pipelines.load_pipeline(str(folder("sd1"))))
+    assert pixels(untried(pipelines.load_pipeline(str(folder("sd1"))))) == expected
+
+    def mixed(self: Any, *args: Any, **options: Any) -> Any:
+        own, negative = type(self).__mro__[1].encode_prompt(self, *args, **options)
+        return own + own.mean(0), negative
+
+    pipeline = untried(pipelines.load_pipeline(str(folder("sd1"))), encode_prompt=mixed)
+    drawn(pipeline, [JOBS[0]])
+    with pytest.raises(UsageError, match=r"UnseenPipeline draws an image otherwise .* beside others") as told:
+        drawn(pipeline, [JOBS[0], diffusion.Job("dog", "a dog", 0)])
+    assert told.value.hint == "set generate.batch_size to 1"
+    assert len({*pixels(pipeline, batch_size=1)}) == 3
+
+
+def test_an_unseen_pipeline_that_is_driven_otherwise_is_named(folder: Callable[[str], Path]) -> None:
+    def missing(self: Any, *args: Any, **options: Any) -> Any:
+        return {}["it"]
+
+    pipeline = untried(pipelines.load_pipeline(str(folder("sd1"))), encode_prompt=missing)
+    with pytest.raises(UsageError, match=r"a UnseenPipeline cannot be driven as other pipelines are: .it"):
+        drawn(pipeline)
+
+    def one_alone(self: Any, *args: Any, **options: Any) -> Any:
+        return type(self).__mro__[1].encode_prompt(self, *args, **options)[0].expand(3, -1, -1) + torch.zeros(2, 1, 1)
+
+    pipeline = untried(
+        pipelines.load_pipeline(str(folder("sd1"))), encode_prompt=one_alone
+    )  # as PRX does, with guidance
+    with pytest.raises(UsageError, match=r"cannot draw with .*: The size of tensor a") as told:
+        drawn(pipeline, [JOBS[0]], batch_size=1, height=0, width=0)
+    assert "some pipelines generate.batch_size = 1" in str(told.value.hint)
+
+    def of_images(self: Any, image: Any, prompt: str = "", guidance_scale: float = 1.0) -> Any:
+        return image
+
+    with pytest.raises(UsageError, match="does not draw from text alone, it takes no generator"):
+        drawn(untried(pipelines.load_pipeline(str(folder("sd1"))), __call__=of_images))
+
+
+def test_another_size_than_was_asked_for_is_named(folder: Callable[[str], Path]) -> None:
+    pipeline = pipelines.load_pipeline(str(folder("flux")))  # it takes multiples of 4 here, and rounds without a word
+    with pytest.raises(
+        UsageError, match=r"height = 16, width = 20 where generate\.height = 18 and generate\.width = 20"
+    ):
+        drawn(pipeline, height=18, width=20)
+
+
+def test_prompts_that_wait_are_tokenised_once(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = diffusion.Sampler(pipelines.load_pipeline(str(folder("qwen-image"))), sampling=SAMPLING)
+    told: list[str] = []
+    count = sampler._alike
+    monkeypatch.setattr(sampler, "_alike", lambda prompt: told.append(prompt) or count(prompt))
+    jobs = [diffusion.Job(f"{row}", "a " + "b" * (row % 5), k) for row in range(20) for k in range(2)]
+    assert sorted(row for rows in sampler._batches(jobs, range(40)) for row in rows) == [*range(40)]
+    assert sorted(told) == sorted({job.prompt for job in jobs})
 
 
 def test_steps_lie_where_models_of_few_steps_want_them(folder: Callable[[str], Path]) -> None:
@@ -206,6 +316,20 @@ def test_a_lora_of_the_text_encoder_is_added_too(
     save_file(words, file.with_name("words.safetensors"))
     told = pipelines.load_pipeline(str(folder(kind)), lora=str(file.with_name("words.safetensors")))
     assert pixels(told, **size)[0] != pixels(pipelines.load_pipeline(str(folder(kind))), **size)[0]
+
+
+def test_a_lora_is_read_once(
+    folder: Callable[[str], Path], lora: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    file, read = lora("sd1"), list[str]()
+    whole = safetensors.torch.load_file
+    monkeypatch.setattr(
+        "safetensors.torch.load_file", lambda path, **more: read.append(str(path)) or whole(path, **more)
+    )
+    pipelines.load_pipeline(str(folder("sd1")), lora=str(file))
+    assert read.count(str(file)) == 1
 
 
 def test_a_lora_in_the_format_of_kohya(folder: Callable[[str], Path], lora: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ EXPORTED = "images.parquet"
 def export_folder(target: Path, writer: Callable[[Path], object]) -> None:
     """Write a folder of the user's through ``writer(empty temporary folder)``; whole or absent.
 
+    What a process that was killed left beside it is removed.
+
     Args:
         target: A folder that does not exist yet, or is empty.
         writer: Fills a folder.
@@ -33,18 +36,39 @@ def export_folder(target: Path, writer: Callable[[Path], object]) -> None:
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UsageError(f"{target} is there already", hint="Name a new or empty folder.")
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            with _held(left) as mine:
+                if mine:
+                    shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
-        writer(temporary)
-        for file in disk.scan(temporary):
-            disk.fsync(temporary / file)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
+        with _held(temporary):
+            writer(temporary)
+            for file in disk.scan(temporary):
+                disk.fsync(temporary / file)
+            if target.exists():
+                target.rmdir()
+            temporary.rename(target)
     except OSError as error:
         hint = "Name a folder on a disk that has room and can be written."
         raise SetupError(f"cannot write {target}: {error.strerror or error}", hint=hint) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder, if nobody has; the kernel frees it when its holder dies."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object]]]) -> None:

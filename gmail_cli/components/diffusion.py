@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -52,9 +52,23 @@ ENCODED = {
 }
 """Pipelines whose text encodings are reused, and the arguments that take what their ``encode_prompt`` returns, in order
 (an empty name: nothing takes it)."""
-_UNEVEN = {"QwenImagePipeline": "\n{}<", "QwenImageImg2ImgPipeline": "\n{}<", "Lumina2Pipeline": "> {}"}
-"""Pipelines that pad the prompts of a batch to the longest, which moves the last bits of the others, and what stands
-around a prompt when they encode it. They are given prompts of one number of tokens."""
+_FIXED = (
+    *("LatentConsistencyModelPipeline", "ChromaPipeline", "HunyuanDiTPipeline", "AuraFlowPipeline"),
+    *("HiDreamImagePipeline", "CogView3PlusPipeline", "Flux2Pipeline", "Flux2KleinPipeline"),
+)
+"""More pipelines that pad every prompt to one length. Others may pad to the longest of a batch, which moves the last
+bits of the shorter ones; they are given prompts of one number of tokens."""
+_TRIED = (
+    *(*ENCODED, "LatentConsistencyModelPipeline", "QwenImagePipeline", "CogView4Pipeline", "ZImagePipeline"),
+    *("ChromaPipeline", "HunyuanDiTPipeline", "AuraFlowPipeline", "Flux2KleinPipeline"),
+)
+"""Pipelines that tests draw with. The first batch of another is drawn twice, to see that no row changes another."""
+_CHATS = ("Flux2Pipeline", "Flux2KleinPipeline", "ZImagePipeline")
+"""Pipelines whose text encoder reads a prompt as a user's turn of a chat."""
+_READ = {"HunyuanDiTPipeline": 256}
+"""Tokens of a prompt that the last text encoder is given where this is no setting of the pipeline's."""
+_BEFORE = ("", " ", "\n", "> ")
+"""What may stand before a prompt when a pipeline encodes it, as far as it changes how tokenizers cut the prompt."""
 
 
 _ILL_SIZED = re.compile(r"[Ss]izes? of tensors?|invalid for input of size")
@@ -154,6 +168,12 @@ class Sampler:
         self.reuses_encodings = type(pipeline).__name__ in ENCODED
         self.accepted = inspect.signature(pipeline.__call__).parameters
         kind = type(pipeline).__name__
+        needed = ("prompt", "generator", "num_inference_steps", "output_type")
+        if lacks := [name for name in needed if name not in self.accepted]:
+            raise UsageError(
+                f"generate.model: a {kind} does not draw from text alone, it takes no {lacks[0]}",
+                hint="take another model",
+            )
         scales = [name for name in ("true_cfg_scale", "guidance_scale") if name in self.accepted]
         if not scales:
             raise UsageError(
@@ -168,6 +188,9 @@ class Sampler:
                 f"generate.negative_prompt: {kind} takes no negative prompt",
                 hint="set generate.negative_prompt to an empty string",
             )
+        # FLUX and SD3 give a sampler that adds noise no generator; on a GPU only drawing again shows it
+        tried = kind in _TRIED and not pipeline.scheduler.config.get("stochastic_sampling")
+        self._proved = {False, True} if tried else set[bool]()
         self.windows: Windows | None = None
         if sampling.prompt_windows > 1:
             negative = sampling.negative_prompt if sampling.guidance > 1 else None
@@ -220,28 +243,32 @@ class Sampler:
     def text_length(self) -> int:
         """Tokens that T5 or Gemma reads of a prompt; 0 where the pipeline has no setting for it."""
         if "max_sequence_length" not in self.accepted:
-            return 0
+            return _READ.get(type(self.pipeline).__name__, 0)
         flux = type(self.pipeline).__name__ in ("FluxPipeline", "FluxImg2ImgPipeline")
         if flux and not self.pipeline.transformer.config.guidance_embeds:
             return 256  # FLUX.1 schnell, which its authors' own code gives so many
         return self.accepted["max_sequence_length"].default or 0
 
-    def _alike(self, prompt: str) -> int:
+    def _alike(self, prompt: str) -> Hashable:
         """What the prompts of one batch must have in common: the number of windows, or of tokens."""
         if self.windows:
             return self.windows.count(prompt)
-        around = _UNEVEN.get(type(self.pipeline).__name__)
-        return len(self.pipeline.tokenizer(around.format(prompt)).input_ids) if around else 1
+        if type(self.pipeline).__name__ in (*ENCODED, *_FIXED):
+            return 0
+        read = [_tokens(each) for name, each in self.pipeline.components.items() if "tokenizer" in name and each]
+        return tuple(len(tokenizer(before + prompt).input_ids) for tokenizer in read for before in _BEFORE)
 
     def _batches(self, jobs: Sequence[Job], rows: range) -> Iterator[list[int]]:
         """Which rows are drawn together: the first that is left and the next that are `_alike`."""
         size, left, ahead = self.sampling.batch_size, list[int](), rows.start
+        kinds: dict[str, Hashable] = {}
         while left or ahead < rows.stop:
             edge = min((left[0] if left else ahead) + REACH * size, rows.stop)
             left += range(ahead, edge)
             ahead = max(ahead, edge)
-            counts = [self._alike(jobs[row].prompt) for row in left]
-            batch = [row for row, count in zip(left, counts, strict=True) if count == counts[0]][:size]
+            prompts = [jobs[row].prompt for row in left]
+            kinds = {each: kinds[each] if each in kinds else self._alike(each) for each in dict.fromkeys(prompts)}
+            batch = [row for row, each in zip(left, prompts, strict=True) if kinds[each] == kinds[prompts[0]]][:size]
             yield batch
             left = [row for row in left if row not in batch]
 
@@ -272,45 +299,84 @@ class Sampler:
         """One call of the pipeline: pixels of each row, and whether the row is finite and not of one colour."""
         import torch
 
-        sampling = self.sampling
+        sampling, kind = self.sampling, type(self.pipeline).__name__
         rows = _full([*zip(batch, attempts, strict=True)], sampling.batch_size)
         before = torch.get_rng_state()
-        try:
-            images = self._call(rows, encode)
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            images = None
-        if images is None:  # once more, without what earlier batches left behind: the same rows, so the same bytes
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                images = self._call(rows, encode)
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                size = sampling.batch_size
-                smaller = (
-                    f"--set generate.batch_size={size // 2} makes another artifact, whose images differ in the last "
-                    "bits; gmail generate --dry-run --warm-up 1 finds a size that fits"
-                )
-                raise BatchTooLargeError(
-                    f"a batch of {size} images does not fit the memory: {first_line(error)}",
-                    hint=smaller if size > 1 else "free memory, or set a smaller generate.height and generate.width",
-                ) from error
+        images = self._call_in_memory(rows, encode)
         if not torch.equal(before, torch.get_rng_state()):
             raise UsageError(
-                f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} draws noise that does "
+                f"{kind} with {type(self.pipeline.scheduler).__name__} draws noise that does "
                 "not come from an image's own seed: its images could not be repeated",
                 hint="set generate.scheduler to another; of a model in a folder, take stochastic_sampling out of its "
                 "scheduler's configuration",
             )
+        if sampling.height and images.shape[2:] != (sampling.height, sampling.width):
+            height, width = images.shape[2:]
+            raise UsageError(
+                f"{kind} draws height = {height}, width = {width} where generate.height = {sampling.height} and "
+                f"generate.width = {sampling.width} are asked for",
+                hint="set generate.height and generate.width to those, or both to 0 for the model's own",
+            )
+        self._require_own(rows, images, encode)
         output = images[: len(batch)]
         finite = output.isfinite().flatten(1).all(1)
         pixels = output.float().nan_to_num(0).clamp(0, 1).mul(255).round().to(torch.uint8)
         spread = (pixels.amax((2, 3)) - pixels.amin((2, 3))).amax(1)
         good = finite & (spread > 2)
         return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy(), good.cpu().numpy()
+
+    def _require_own(
+        self, rows: Sequence[tuple[Job, int]], images: Float[Tensor, "rows 3 height width"], encode: _Encodings
+    ) -> None:
+        """Check that the last row of a batch is the same again: in the first batch, and the first of several prompts.
+
+        Raises:
+            UsageError: It is not.
+        """
+        mixed = len({job.prompt for job, _ in rows}) > 1
+        if mixed in self._proved:
+            return
+        again = self._call_in_memory([rows[-1]] * len(rows), encode)
+        if not again[0].equal(images[-1]) and not again.isnan().any():
+            others = " or beside others" if len(rows) > 1 else ""
+            raise UsageError(
+                f"{type(self.pipeline).__name__} draws an image otherwise when it is drawn again{others}: its images "
+                "could not be repeated",
+                hint="set generate.batch_size to 1" if len(rows) > 1 else "take another model or scheduler",
+            )
+        self._proved |= {mixed, False}
+
+    def _call_in_memory(
+        self, rows: Sequence[tuple[Job, int]], encode: _Encodings
+    ) -> Float[Tensor, "rows 3 height width"]:
+        """`_call`, once more where the memory is full.
+
+        Raises:
+            BatchTooLargeError: It is full again.
+        """
+        import torch
+
+        try:
+            return self._call(rows, encode)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        gc.collect()  # what earlier batches left behind: the same rows, so the same bytes
+        torch.cuda.empty_cache()
+        try:
+            return self._call(rows, encode)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            size = self.sampling.batch_size
+            smaller = (
+                f"--set generate.batch_size={size // 2} makes another artifact, whose images differ in the last "
+                "bits; gmail generate --dry-run --warm-up 1 finds a size that fits"
+            )
+            raise BatchTooLargeError(
+                f"a batch of {size} images does not fit the memory: {first_line(error)}",
+                hint=smaller if size > 1 else "free memory, or set a smaller generate.height and generate.width",
+            ) from error
 
     def _call(self, rows: Sequence[tuple[Job, int]], encode: _Encodings) -> Float[Tensor, "rows 3 height width"]:
         """One call of the pipeline for (job, attempt) in each row, each with a generator of its own."""
@@ -321,7 +387,7 @@ class Sampler:
         if sampling.strength:
             given |= {"image": [self._beginning(job) for job, _ in rows], "strength": sampling.strength}
         try:
-            return self.pipeline(
+            drawn = self.pipeline(
                 **given,
                 num_inference_steps=sampling.steps,
                 **{self.guidance_name: sampling.guidance},
@@ -330,15 +396,29 @@ class Sampler:
                     for job, attempt in rows
                 ],
                 output_type="pt",
-            ).images
+            )
         except (ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not (sampling.height and _ILL_SIZED.search(str(error))):
+            tried = type(self.pipeline).__name__ in _TRIED
+            sized = bool(sampling.height or not tried)
+            if isinstance(error, RuntimeError) and not (sized and _ILL_SIZED.search(str(error))):
                 raise
             raise UsageError(
                 f"{type(self.pipeline).__name__} with {type(self.pipeline.scheduler).__name__} cannot draw with "
                 f"steps = {sampling.steps}, height = {sampling.height}, width = {sampling.width}: {first_line(error)}",
-                hint="set others in [generate]; some schedulers need at least 4 steps",
+                hint="set others in [generate]; some schedulers need at least 4 steps"
+                + ("" if tried else ", and some pipelines generate.batch_size = 1"),
             ) from error
+        except (TypeError, AttributeError, IndexError, KeyError) as error:
+            if type(self.pipeline).__name__ in _TRIED:
+                raise
+            raise UsageError(
+                f"generate.model: a {type(self.pipeline).__name__} cannot be driven as other pipelines are: "
+                f"{first_line(error)}",
+                hint="take another model, or leave out generate.negative_prompt",
+            ) from error
+        if not hasattr(drawn, "images"):
+            raise UsageError(f"{type(self.pipeline).__name__} does not draw images", hint="take another model")
+        return drawn.images
 
     def _size(self) -> dict[str, Any]:
         """Arguments that ask for images of just the size that is wanted."""
@@ -346,7 +426,8 @@ class Sampler:
         if "use_resolution_binning" not in self.accepted:
             return {"height": height, "width": width} if height and "height" in self.accepted else {}
         # PixArt and Sana draw at the nearest size they were trained on and scale; Sana's own size is not its model's
-        own = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+        units = self.pipeline.transformer.config.get("sample_size")
+        own = units * self.pipeline.vae_scale_factor if units else None  # PRX knows it by itself
         return {"height": height or own, "width": width or own, "use_resolution_binning": False}
 
     def _beginning(self, job: Job) -> Image.Image:
@@ -368,25 +449,32 @@ class Sampler:
         """Whether each prompt is cut by every tokenizer of the pipeline."""
         if self.windows:
             return [self.windows.cut(prompt).truncated for prompt in prompts]
-        parts = [
-            (getattr(self.pipeline, f"tokenizer{number}", None), getattr(self.pipeline, f"text_encoder{number}", None))
-            for number in ("", "_2", "_3")
-        ]
-        limits = [tokenizer.model_max_length if tokenizer is not None else 0 for tokenizer, _ in parts]
-        if self.text_length:  # the last tokenizer's, T5 or Gemma; it does not ask that one's own
-            last = [hasattr(self.pipeline, f"tokenizer{number}") for number in ("", "_2", "_3")].count(True) - 1
-            limits[last] = self.text_length
-        # a tokenizer whose encoder was left out, as SD3's T5 often is, reads nothing
-        reading = [
-            (tokenizer, limit)
-            for (tokenizer, encoder), limit in zip(parts, limits, strict=True)
-            if tokenizer is not None and encoder is not None
-        ]
+        there = [number for number in ("", "_2", "_3", "_4") if hasattr(self.pipeline, f"tokenizer{number}")]
+        reading = []
+        for number in there:
+            tokenizer = getattr(self.pipeline, f"tokenizer{number}")
+            # a tokenizer whose encoder was left out, as SD3's T5 often is, reads nothing
+            if tokenizer is None or getattr(self.pipeline, f"text_encoder{number}", None) is None:
+                continue
+            tokenizer = _tokens(tokenizer)
+            limit = min(tokenizer.model_max_length, 1 << 20)
+            if self.text_length:  # the last tokenizer, T5's or a language model's, is not asked for its own
+                limit = self.text_length if number == there[-1] else min(limit, self.text_length)
+            reading.append((tokenizer, limit - self._told_before(tokenizer)))
         lengths = [
             [len(ids) > limit for ids in tokenizer(list(prompts), truncation=True, max_length=limit + 1).input_ids]
             for tokenizer, limit in reading
         ]
         return [bool(cut) and all(cut) for cut in zip(*lengths, strict=True)] or [False] * len(prompts)
+
+    def _told_before(self, tokenizer: Any) -> int:
+        """Tokens that stand before a prompt where it is a turn of a chat."""
+        if type(self.pipeline).__name__ not in _CHATS:
+            return 0
+        system = getattr(self.pipeline, "system_message", None)
+        turns = [{"role": "system", "content": system}] if system else []
+        chat = tokenizer.apply_chat_template([*turns, {"role": "user", "content": "PROMPT"}], tokenize=False)
+        return len(tokenizer(chat.rpartition("PROMPT")[0], add_special_tokens=False).input_ids)
 
 
 class _Encodings:
@@ -416,7 +504,7 @@ class _Encodings:
             negative = sampling.negative_prompt or (" " if self._sampler.guidance_name == "true_cfg_scale" else "")
             if sampling.guidance > 1 and negative:
                 given["negative_prompt"] = [negative] * len(prompts)
-            if self._sampler.text_length:
+            if "max_sequence_length" in self._sampler.accepted and self._sampler.text_length:
                 given["max_sequence_length"] = self._sampler.text_length
             if "clean_caption" in self._sampler.accepted:  # a rewriting that depends on the packages installed
                 given["clean_caption"] = False
@@ -490,6 +578,11 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
     told = ("DefaultCPUAllocator", "could not create a primitive", "could not create a memory")
     return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in told)
+
+
+def _tokens(tokenizer: Any) -> Any:
+    """The tokenizer of a processor for texts and images, or one that is by itself."""
+    return tokenizer.tokenizer if hasattr(tokenizer, "image_processor") else tokenizer
 
 
 def _full(rows: list[Any], size: int) -> list[Any]:

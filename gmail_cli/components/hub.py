@@ -64,7 +64,8 @@ def explain(error: BaseException, repository: str, *, revision: str) -> tuple[st
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if is_a(errors.GatedRepoError):
-        return "its owner gives access on request", f"Ask for it on the repository's page, then {log_in}."
+        how = f"Accept them on the repository's page (or ask for access there), then {log_in}."
+        return "it is for those who accepted its owner's terms", how
     if is_a(errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}", "Give a commit or a tag of that repository."
     if is_a(errors.RepositoryNotFoundError):

@@ -3,9 +3,12 @@ that begins with an image."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +121,7 @@ def _require_class(config: dict[str, Any], *, model: str) -> None:
     """Check that diffusers has the pipeline that a ``model_index.json`` names.
 
     Raises:
-        SetupError: It has not, or the pipeline is code that comes with the model.
+        SetupError: It has not, it has not without another package, or the pipeline is code that comes with the model.
     """
     import diffusers
 
@@ -132,6 +135,12 @@ def _require_class(config: dict[str, Any], *, model: str) -> None:
         raise SetupError(
             f"generate.model = {model!r} is a {kind}, which diffusers {diffusers.__version__} does not have",
             hint="install a diffusers that has it, or take another model",
+        )
+    if getattr(diffusers, kind).__module__.startswith("diffusers.utils.dummy"):
+        needed = [name for name in getattr(diffusers, kind)._backends if not find_spec(name)]
+        raise SetupError(
+            f"generate.model = {model!r} is a {kind}, for which diffusers needs {' and '.join(needed)}",
+            hint=f"pip install {' '.join(needed)}",
         )
 
 
@@ -208,11 +217,8 @@ def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            given = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
-            pipeline.load_lora_weights(**given, use_safetensors=True)
-            network = getattr(pipeline, "unet", None)
-            read = pipeline.lora_state_dict(**given, use_safetensors=True, unet_config=network and network.config)
-            named = {name for name in (read[0] if isinstance(read, tuple) else read) if _DOWN.search(name)}
+            with _noted(pipeline) as named:
+                pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
             parts = pipeline.get_list_adapters()
             adapted = sum(_adapted(getattr(pipeline, part)) for part in parts)
             if adapted and adapted >= len(named):
@@ -227,6 +233,23 @@ def _add_lora(pipeline: Any, file: str, *, scale: float) -> None:
         f"generate.lora = {file!r} does not fit this {kind}: {reason}",
         hint="name LoRA weights that were trained on this model, in diffusers' or kohya's format",
     )
+
+
+@contextlib.contextmanager
+def _noted(pipeline: Any) -> Iterator[set[str]]:
+    """The names of the LoRA weights that diffusers reads meanwhile, by its own names of them."""
+    read_file, names = pipeline.lora_state_dict, set[str]()
+
+    def read(*args: Any, **options: Any) -> Any:
+        given = read_file(*args, **options)
+        names.update(name for name in (given[0] if isinstance(given, tuple) else given) if _DOWN.search(name))
+        return given
+
+    pipeline.lora_state_dict = read
+    try:
+        yield names
+    finally:
+        del pipeline.lora_state_dict
 
 
 def _adapted(network: Any) -> int:
