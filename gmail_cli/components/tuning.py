@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -217,7 +217,7 @@ def unfreeze_projection(clip: Clip) -> TunedTower:
     last = (
         "attnpool.c_proj."
         if isinstance(visual, ModifiedResNet)
-        else "head."
+        else _timm_projection(visual)
         if isinstance(visual, TimmModel)
         else "visual_projection."
         if isinstance(visual, Visual)
@@ -231,6 +231,15 @@ def unfreeze_projection(clip: Clip) -> TunedTower:
     for parameter in found:
         parameter.requires_grad_(True)
     return TunedTower(visual)
+
+
+def _timm_projection(visual: Any) -> str:
+    """Where names of the projection's parameters begin: open_clip's own behind the trunk, or else timm's classifier,
+    which EVA-CLIP, MobileCLIP and others have for it."""
+    if any(True for _ in visual.head.parameters()):
+        return "head."
+    classifier = visual.trunk.get_classifier()
+    return next((f"{name}." for name, module in visual.named_modules() if module is classifier), "head.")
 
 
 def save_adapter(tower: TunedTower, folder: Path, *, base: str) -> None:
