@@ -5,7 +5,7 @@ plain open_clip model. f_r itself is never touched.
 
 LoRA is computed as ``W + scale * B A`` on the weights, not by peft's wrapped layers, because peft 0.21's
 ``MultiheadAttention`` adds and subtracts the update around every forward pass (the frozen weights drift by 1e-7 and a
-resumed run would end in other bytes) and applies that of ``out_proj`` twice. The adapter leaves ``out_proj`` alone,
+resumed run would end in other bytes) and applies that of its ``out_proj`` twice. The adapter leaves that one alone,
 so what is saved behaves the same in plain peft, with and without that defect.
 """
 
@@ -193,8 +193,10 @@ def add_lora(
             own = dict.fromkeys(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in lora_targets(clip.model.visual))
             hint = f"Name modules of the image tower; left empty it takes {', '.join(own)}."
             raise UsageError(f"align.lora_targets = {targets}: {error}", hint=hint) from error
+    fused = {path for path, module in visual.named_modules() if isinstance(module, nn.MultiheadAttention)}
     for name, parameter in adapter.named_parameters():
-        if ".out_proj." in name:
+        owner, out_proj, _ = name.replace(".base_layer", "").partition(".out_proj.")
+        if out_proj and owner.removeprefix("base_model.model.") in fused:
             parameter.requires_grad_(False)
     return TunedTower(visual, adapter, dropout=dropout)
 
