@@ -22,7 +22,7 @@ FEATURES = "features"
 VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
     "generate": 4,
-    "align": 4,
+    "align": 5,
     "train": 4,
     "embed": 4,
     "index": 2,
