@@ -25,6 +25,26 @@ if TYPE_CHECKING:
     from gmail_cli.profile.schema import Profile
 
 
+OPTIONS: Mapping[str, str] = {
+    "data.train": "--captions",
+    "data.train_images": "--images",
+    "data.test": "--captions",
+    "data.test_images": "--images",
+    "data.test_limit": "--limit",
+    "data.on_bad": "--on-bad",
+    "generate.per_caption": "--per-caption",
+    "generate.limit": "--limit",
+    "generate.source": "--import",
+    "generate.import_path": "--import",
+    "generate.min_clip_score": "--min-clip-score",
+    "generate.keep_best": "--keep-best",
+    "train.tasks": "--task",
+    "train.arms": "--arm",
+    "embed.flow": "--flow",
+}
+"""What sets a key of the profile beside ``--set``, for messages."""
+
+
 class Context:
     """The options every stage shares."""
 
@@ -51,6 +71,7 @@ class Context:
                 if not flags[f"data.{part}"].startswith("scenes:"):
                     whole |= {f"data.{part}_limit": 0, "generate.captions_per_image": 0}
         flags = {**whole, **{key: value for key, value in flags.items() if value is not None}}
+        self.options = {key: OPTIONS.get(key, "") for key in flags}
         self.overrides = [f"{key}={profiles.toml(value)}" for key, value in flags.items()]
         self.overrides += overrides or []
         self.flags = dict(flags)
@@ -65,7 +86,7 @@ class Context:
         from gmail_cli.artifacts import Workspace
 
         path = profiles.locate(self.ref, named_by=self.named_by)
-        loaded = profiles.load(path, overrides=self.overrides)
+        loaded = profiles.load(path, overrides=self.overrides, options=self.options)
         fallen_back = self.ref is None and path == shipped.profiles().get(profiles.DEFAULT_PROFILE)
         if fallen_back and loaded.generate.model == "tiny":
             say(

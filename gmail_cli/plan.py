@@ -13,7 +13,7 @@ from typing import Any, Literal
 from gmail_cli.artifacts import Artifact, StageKey, Workspace
 from gmail_cli.errors import InputError, SetupError
 from gmail_cli.profile.schema import Profile
-from gmail_cli.stages import features
+from gmail_cli.stages import features, sources
 from gmail_cli.stages.features import Features
 
 #: Stage -> the inputs it reads, by name. The first is required.
@@ -212,10 +212,14 @@ def execute(
     """
     inputs = dict(given or {})
     made: dict[str, Artifact] = {}
+    tell = workspace.tell
     for stage in stages:
         wanted = {name: inputs[name] for name in INPUTS[stage] if name in inputs}
         key: StageKey = module(stage).plan_key(profile, **{name: each.digest for name, each in wanted.items()})
         reused = workspace.find(key) is not None
+        if tell and not reused and "clip" in key.models:
+            sources.tell_of_random_weights(profile, tell)
+            tell = None  # once
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             artifact = _together(
                 profile, workspace, stage=stage, key=key, progress=progress, inputs=wanted, track=track

@@ -102,6 +102,8 @@ def test_profile_list_check_and_schema(tmp_path: Path) -> None:
             2,
             "error: --set: unknown key 'align.lora_rnak'; did you mean 'lora_rank'?",
         ),
+        (("train", "--task", "nope"), 2, 'error: --task: train.tasks.0 = "nope": Input should be'),
+        (("train", "--arm", "nope", "--set=train.lr=1"), 2, 'error: --arm: train.arms.0 = "nope": Input should be'),
         (("align", "--profile", "tinny"), 2, "error: --profile: no profile 'tinny'\nhint: Did you mean 'tiny'?"),
         (
             ("align",),
@@ -283,6 +285,7 @@ sys.meta_path.insert(0, Broken())
 main()
 """
 PIPELINES = "diffusers.pipelines.pipeline_utils"
+GPT2 = "transformers.models.gpt2.modeling_gpt2"
 
 
 @pytest.mark.parametrize(
@@ -295,6 +298,7 @@ PIPELINES = "diffusers.pipelines.pipeline_utils"
             "torch cannot be imported: ImportError: no room",
         ),
         ("torch", "import lacking", 4, "lacking cannot be imported: ModuleNotFoundError: No module named 'lacking'"),
+        (GPT2, "raise OSError('no room')", 4, f"{GPT2} cannot be imported: OSError: no room\nhint: Let the"),
         (PIPELINES, "raise MemoryError", 4, f"{PIPELINES} cannot be imported: MemoryError\nhint: Let the process"),
         ("gmail_cli.components.diffusion", "raise MemoryError", 1, "MemoryError"),
     ],
@@ -307,6 +311,7 @@ def test_a_library_that_cannot_be_imported_is_told_as_that(
     (tmp_path / "captions.txt").write_text("a cat")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, "generate", "--captions", "captions.txt", "--set=generate.steps=1"]
+    command += ["--set=generate.rewrite.lm=tiny"] * (module == GPT2)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from small_clips import VIT
 
+from gmail_cli import plan
 from gmail_cli import profile as profiles
 from gmail_cli.artifacts import Artifact, StageKey, Waiting, Workspace, disk
 from gmail_cli.components import captions as reader
@@ -538,3 +541,16 @@ def test_f_g_of_another_model_is_refused(clips: dict[str, Path], workspace: Work
     others = {**clips, "f_r": clips["cell"]}
     with pytest.raises(InputError, match="was aligned from another model"):
         embed.run(_profile(others), workspace, aligned=aligned)
+
+
+def test_random_weights_are_told_once(tmp_path: Path) -> None:
+    (tmp_path / "small-random.json").write_text(json.dumps(VIT["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "small-random.json")
+    (tmp_path / "captions.txt").write_text("A red ball on grass.\nA blue cube on snow.\n")
+    said = "model.clip = 'small-random' is an architecture without weights, so they are random"
+    for clip, heard in (("small-random", 1), ("small-random", 0), ("tiny", 0)):
+        told: list[str] = []
+        profile = profiles.build({"data": {"test": str(tmp_path / "captions.txt")}, "model": {"clip": clip}})
+        space = Workspace(tmp_path / "runs", "r", tell=told.append)
+        plan.execute(profile, space, stages=["embed"], progress=lambda _: lambda *_: None)
+        assert sum(line.startswith(said) for line in told) == heard

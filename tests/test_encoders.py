@@ -88,6 +88,13 @@ def test_unknown_models_are_refused_with_the_nearest(ref: str, named: str):
         clip_files.load_clip(ref)
 
 
+def test_a_hub_model_needs_its_revision():
+    for read in (clip_files.model_digest, clip_files.load_clip):
+        with pytest.raises(UsageError, match=r"'hf-hub:some/clip' is a hub id without model\.revision"):
+            read("hf-hub:some/clip")
+    assert clip_files.model_digest("hf-hub:some/clip", revision="abc")
+
+
 def test_disagreement_about_the_activation_is_refused():
     with pytest.raises(UsageError, match="QuickGELU"):
         clip_files.load_clip("roberta-ViT-B-32/laion2b_s12b_b32k")

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import io
 import json
+import re
+import tarfile
 import threading
 from pathlib import Path
 
@@ -63,6 +65,39 @@ def test_exif_orientation_is_applied() -> None:
 def test_what_is_no_image_is_named(data: bytes) -> None:
     with pytest.raises(InputError, match="cannot decode photo-7"):
         decode(data, name="photo-7")
+
+
+def test_where_a_bad_image_lies_is_told(tmp_path: Path) -> None:
+    good, bad = encoded(noise(8, 8)), b"no image"
+    (tmp_path / "loose").mkdir()
+    for name, data in {"a.png": good, "b.png": bad}.items():
+        (tmp_path / "loose" / name).write_bytes(data)
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        for name in ("a.png", "b.png"):
+            tar.add(tmp_path / "loose" / name, name)
+    record = {
+        "caption_id": "1",
+        "caption": "a",
+        "owner": "1",
+        "label": None,
+        "k": 0,
+        "seed": 0,
+        "width": 8,
+        "height": 8,
+    }
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "b.png").write_bytes(bad)
+    record |= {"key": "x", "path": "images/b.png", "sha256": hashlib.sha256(bad).hexdigest()}
+    (tmp_path / "records.jsonl").write_text(json.dumps(record))
+    sets = {
+        f"image 1, {tmp_path / 'loose' / 'b.png'}": read(tmp_path / "loose").image_bytes,
+        f"image 1, b.png in {tmp_path / 'some.tar'}": read(tmp_path / "some.tar").image_bytes,
+        f"image 0, {tmp_path / 'images' / 'b.png'}": GeneratedSet.load(tmp_path).image_bytes,
+    }
+    for named, image_bytes in sets.items():
+        found = batches(image_bytes, [range(int(named[6]) + 1)], preprocess=Preprocess(8), batch_size=4, workers=1)
+        with pytest.raises(InputError, match=f"cannot decode {re.escape(named)} \\(8 bytes\\)"):
+            list(found)
 
 
 def test_decompression_bombs_are_refused_before_decoding() -> None:

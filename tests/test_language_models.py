@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from gmail_cli.components import sitta
-from gmail_cli.components.conversations import DATE, IGNORED, Chat, Conversation
+from gmail_cli.components.conversations import DATE, IGNORED, Chat, Conversation, rendered
 from gmail_cli.components.heads import SHIPPED_LMS, Captioner, generate, generate_captions, load_lm
-from gmail_cli.components.llava import Llava
+from gmail_cli.components.llava import Llava, answer
 from gmail_cli.errors import UsageError
 
 TEXTS = ["a red ball on sand", "two blue cubes.", "what is it", "A picture of", "user assistant model think"]
@@ -31,6 +32,19 @@ THINKS = """{% for m in messages %}<|{{ m.role }}|>
 
 {% endif %}{% endif %}"""
 """Qwen 3's way: an empty thought before the last answer, none before those that came earlier."""
+GEMMA = """{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}\
+<start_of_turn>{{ role }}
+{{ m.content | trim }}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+PHI = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% else %}{{ eos_token }}{% endif %}"""
+LLAMA = """{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]\
+{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"""
+BARE = """{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}\
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 DIM = 12
 
 
@@ -137,3 +151,39 @@ def test_a_prompt_is_the_same_every_day(gemma: Path):
     tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + THINKS
     chat = Chat(tokenizer, name="smollm3", image_tokens=2, limit=500)
     assert DATE in tokenizer.decode(chat.question(["what is it"]))
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(GEMMA, "<end_of_turn>"), (PHI, "<|end|>"), (LLAMA, "</s>"), (THINKS, "</s>"), (BARE, "</s>"), (None, "</s>")],
+)
+@pytest.mark.parametrize("special", [True, False])
+def test_an_answer_ends_as_the_template_ends_it(gemma: Path, template: str | None, end: str, special: bool):
+    """In what is learned and in what is written: nothing behind that token is read as part of the answer."""
+    lm, tokenizer = load_lm(gemma)
+    for token in ("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"):
+        tokenizer.add_tokens(AddedToken(token, normalized=False, special=special), special)
+    lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tokenizer.chat_template = template
+    about = {"lm": "gemma", "lm_revision": "", "image_tokens": 2, "prompt": "what", "instructed": True}
+    model = Llava(DIM, lm=lm, tokenizer=tokenizer, about=about).eval()
+    chat = Chat(tokenizer, name="gemma", image_tokens=2, limit=500)
+    turns = ("what is it", "a red ball", "what", "on sand")
+    ids, labels = chat.tokens(Conversation(id="talk", image=None, turns=turns))
+    stop = tokenizer.convert_tokens_to_ids(end)
+    assert chat.turn_end == stop
+    told = [label for label in labels if label != IGNORED]
+    assert told.count(stop) == 2
+    assert told[-1] == stop
+    assert tokenizer.eos_token_id not in {*ids} - {stop}
+    if template in (GEMMA, PHI, THINKS):  # the others have no such token, or a space before it
+        whole = rendered(tokenizer, turns, ask=False)
+        assert tokenizer.decode(ids).replace(" ", "") == whole[: whole.rindex(end) + len(end)].replace(" ", "")
+    words = tokenizer("a ball", add_special_tokens=False)["input_ids"]
+    said = iter([*words, stop, *words, *words])
+
+    def says(_module: object, _args: object, output: Any) -> None:
+        output.logits[:, -1, next(said)] += 1e4
+
+    lm.register_forward_hook(says)
+    assert answer(model, [chat.question(turns[:1])], torch.empty(0, 1, DIM), max_tokens=6) == ["a ball"]

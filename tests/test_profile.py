@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,32 @@ def test_a_bad_key_of_a_file_is_named_with_the_file() -> None:
     first, second = sorted(str(caught.value).splitlines())
     assert first.startswith("--set: unknown key 'data.limit'")
     assert second.startswith("mine.toml: unknown key 'data.trian'")
+
+
+def test_a_bad_value_is_told_by_the_option_that_gave_it() -> None:
+    given = {"overrides": ["data.train_limit=-1", "train.steps=0"], "options": {"data.train_limit": "--limit"}}
+    with pytest.raises(UsageError) as caught:
+        profiles.load("tiny", **given)
+    assert [line.partition(" = ")[0] for line in str(caught.value).splitlines()] == [
+        "--limit: data.train_limit",
+        "--set: train.steps",
+    ]
+    with pytest.raises(UsageError, match=r"^--set: data\.train_limit = -2"):
+        profiles.load("tiny", overrides=["data.train_limit=5", "data.train_limit=-2"], options=given["options"])
+
+
+@pytest.mark.parametrize("moving", ["main", "master", "HEAD", "refs/pr/3"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("model.revision", "train.lm_revision", "generate.revision", "generate.safety_revision"),
+        "generate.rewrite.revision",
+    ],
+)
+def test_a_revision_that_moves_is_refused(key: str, moving: str) -> None:
+    with pytest.raises(UsageError, match=rf'^--set: {re.escape(key)} = "{moving}".*a branch moves.* give a commit'):
+        profiles.load("tiny", overrides=[f"{key}={moving}"])
+    profiles.load("tiny", overrides=[f"{key}=4e63672c03103b6c636b8fb4119ba982469b2955"])
 
 
 def test_overrides_take_toml_values_and_bare_strings() -> None:

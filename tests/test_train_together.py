@@ -118,6 +118,26 @@ def test_what_depends_on_the_whole_batch_is_not_shared(
         clip_job(clip, pairs, arm, patch_dropout=dropout)
 
 
+@pytest.mark.parametrize(("tower", "together"), [("fastvit_t8", False), ("convnext_atto", True)])
+def test_channels_lie_together_but_where_torch_writes_past_its_memory(tower: str, together: bool) -> None:
+    """In MobileCLIP's stem there are strided convolutions of one pixel."""
+    config = clip_config(49408)
+    del config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
+    vision = {"image_size": 64, "timm_model_name": tower, "timm_model_pretrained": False, "timm_pool": "avg"}
+    config["model_cfg"] |= {"vision_cfg": vision, "custom_text": True}
+    clip, pairs = build_clip(config), pairs_of(TEXTS, labels=(-1,) * 4, names=())
+    assert pairs.real is not None
+    arm = Arm((View(torch.zeros(4, 64, 64, 3, dtype=torch.uint8), pairs.real, real=True),))
+    job, seen = clip_job(clip, pairs, arm), []
+    job.module.visual.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    value = job.loss(torch.arange(4), 0)
+    (value[0] if isinstance(value, tuple) else value).backward()
+    kernels = [each for each in job.module.parameters() if each.ndim == 4 and min(each.shape[1:]) > 1]
+    for each in [*seen, *kernels]:
+        assert each.is_contiguous(memory_format=torch.channels_last) == together
+        assert each.is_contiguous() != together
+
+
 def start(home: World, results: Workspace, count: int) -> list[int]:
     """As many processes as torchrun would start, with its variables; their ids."""
     with socket.socket() as free:

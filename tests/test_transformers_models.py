@@ -174,6 +174,17 @@ def test_an_adapter_is_merged_and_loaded_elsewhere(
         torch.testing.assert_close(tuning.load_adapter(clip, tmp_path / "adapter")(pixels), tuned, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_of_the_blocks_is_tuned(kind: str, folders: dict[str, Path], pixels: torch.Tensor):
+    """One step, and the update of each is no longer nothing."""
+    tower = tuning.add_lora(clip_files.load_clip(folders[kind]), rank=2)
+    updates = {name: each for name, each in tower.named_parameters() if "lora_B" in name}
+    layers = [name for name, each in tower.visual.named_modules() if isinstance(each, torch.nn.Linear)]
+    assert len(updates) == sum("layer" in name for name in layers) == 12
+    (tower(pixels) * torch.arange(float(len(pixels)))[:, None]).sum().backward()
+    assert not [name for name, each in updates.items() if each.grad is None or not bool(each.grad.any())]
+
+
 def test_projection_alone(folders: dict[str, Path]):
     tower = tuning.unfreeze_projection(clip_files.load_clip(folders["clip"]))
     assert [name for name, each in tower.named_parameters() if each.requires_grad] == [

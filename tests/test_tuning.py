@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -209,6 +210,28 @@ def test_projection_tuning_moves_the_last_layer_only(kind: str, pixels: torch.Te
     }
     assert moved == ({"proj"} if kind == "vit" else {"attnpool.c_proj.weight", "attnpool.c_proj.bias"})
     assert (merged.encode_images(pixels) - clip.encode_images(pixels)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ({"timm_pool": "avg", "timm_proj": "linear"}, "head.proj.weight"),
+        ({"timm_pool": "avg", "timm_proj": None}, "trunk.head.fc."),  # as EVA-CLIP and MobileCLIP
+        ({"timm_pool": "avg", "timm_proj": "none"}, None),  # as SigLIP
+    ],
+)
+def test_the_projection_of_a_timm_tower(options: dict[str, Any], last: str | None):
+    vision = {"image_size": 64, "timm_model_name": "convnext_atto", "timm_model_pretrained": False, **options}
+    model_cfg = {"embed_dim": 320 if last is None else 16, "custom_text": True, "vision_cfg": vision, "text_cfg": TEXT}
+    clip = clip_files.build_clip({"model_cfg": model_cfg, "preprocess_cfg": {}}, name="timm")
+    if last is None:
+        with pytest.raises(UsageError, match="timm has no projection"):
+            tuning.unfreeze_projection(clip)
+        return
+    tower = tuning.unfreeze_projection(clip)
+    trained = [name for name, each in tower.visual.named_parameters() if each.requires_grad]
+    assert trained
+    assert all(name.startswith(last) for name in trained)
 
 
 def test_full_tuning_merges_and_leaves_f_r_alone(vit: Clip, pixels: torch.Tensor):

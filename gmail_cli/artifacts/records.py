@@ -21,8 +21,8 @@ FEATURES = "features"
 """Not a command: what frozen towers make of image sets, kept for the stages that read it."""
 VERSIONS: Mapping[str, int] = {
     FEATURES: 1,
-    "generate": 4,
-    "align": 4,
+    "generate": 5,
+    "align": 5,
     "train": 4,
     "embed": 4,
     "index": 2,

@@ -51,13 +51,14 @@ def load_clip(
         ref: ``tiny`` (shipped), a folder in open_clip's or transformers' format, ``hf-hub:owner/name`` of either,
             ``ARCH/pretrained-tag`` such as ``ViT-B-16/openai`` (activation as the tag states), or ``ARCH`` alone:
             random weights, to be trained.
-        revision: Commit of a hub repository; empty takes the newest.
+        revision: Commit of a hub repository; needed for ``hf-hub:``.
         device: Where to put it.
         precision: See :class:`Clip`.
         seed: Of random weights; unused otherwise.
 
     Raises:
-        UsageError: Nothing of that name; a tag trained with another activation than the named architecture has.
+        UsageError: Nothing of that name; ``hf-hub:`` without revision; a tag trained with another activation than the
+            named architecture has.
         InputError: The folder lacks its config or weights, or they do not fit each other.
         SetupError: The hub cannot be reached and its cache lacks the model.
     """
@@ -67,9 +68,10 @@ def load_clip(
     if source.kind == "folder":
         return _load_folder(source.folder, name=str(ref), device=device, precision=precision)
     if source.kind == "hub":
+        digest = model_digest(ref, revision=revision)
         folder = _download(source.name, revision=revision)
         clip = _load_folder(folder, name=str(ref), device=device, precision=precision)
-        return dataclasses.replace(clip, digest=model_digest(ref, revision=revision))
+        return dataclasses.replace(clip, digest=digest)
     model_cfg = open_clip.get_model_config(source.name)
     config = {"model_cfg": model_cfg, "preprocess_cfg": {}}
     if source.kind == "architecture":
@@ -197,6 +199,9 @@ def model_digest(ref: str | Path, *, revision: str = "", seed: int = 0) -> str:
 
     Local models are identified by content: SHA-256 over config and tensors, whatever the file's layout. Hub models
     and tags are identified by name and revision; random weights by architecture and seed.
+
+    Raises:
+        UsageError: Nothing of that name; ``hf-hub:`` without revision, which would be other weights tomorrow.
     """
     source = _locate(ref)
     if source.kind == "folder":
@@ -204,7 +209,17 @@ def model_digest(ref: str | Path, *, revision: str = "", seed: int = 0) -> str:
         return _folder_digest(source.folder, stamp)
     if source.kind == "architecture":
         return _sha256([_canonical({"architecture": source.name, "seed": seed})])
+    if source.kind == "hub" and not revision:
+        raise UsageError(
+            f"model.clip = {str(ref)!r} is a hub id without model.revision",
+            hint="Set model.revision to a commit of the model's repository: artifacts then name its weights.",
+        )
     return _sha256([_canonical({"ref": str(ref), "revision": revision})])
+
+
+def has_random_weights(ref: str | Path) -> bool:
+    """Whether ``ref`` names an architecture alone, so that its weights are drawn, not learned."""
+    return _locate(ref).kind == "architecture"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ LLaVA's files (Liu et al. 2023) are a JSON list of records ``{"id", "image", "co
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -147,6 +148,27 @@ def rendered(tokenizer: Any, turns: Sequence[str], *, ask: bool, think: bool = F
     )
 
 
+def turn_end(tokenizer: Any) -> str:
+    """What ends an assistant's turn in a tokenizer's chat template: a token of its own, or the end-of-text token.
+
+    Gemma says ``<end_of_turn>`` there and Phi-3 ``<|end|>``; a template that ends a turn with no token, as a tokenizer
+    without one, has the end-of-text token.
+
+    Args:
+        tokenizer: With an end-of-text token.
+
+    Raises:
+        ValueError, TypeError, jinja2.TemplateError: The template fails.
+    """
+    if tokenizer.chat_template:
+        said = "an answer"
+        after = rendered(tokenizer, ["a question", said], ask=False).rpartition(said)[2].lstrip()
+        known = {tokenizer.eos_token, *tokenizer.get_added_vocab()}
+        if found := [token for token in known if token and after.startswith(token)]:
+            return max(found, key=len)
+    return str(tokenizer.eos_token)
+
+
 class Chat:
     """How a language model is spoken to: its tokenizer's own chat template, or a plain one where it has none.
 
@@ -157,6 +179,9 @@ class Chat:
         name: Of the language model, for messages.
         image_tokens: Tokens that stand for an image.
         limit: Longer sequences are cut.
+
+    Attributes:
+        end: The end-of-text token, behind a caption.
     """
 
     def __init__(self, tokenizer: Any, *, name: str, image_tokens: int, limit: int) -> None:
@@ -165,8 +190,24 @@ class Chat:
             raise InputError(f"the tokenizer of {name} has no end-of-text token", hint="Choose another train.lm.")
         self.end = int(tokenizer.eos_token_id)
 
+    @functools.cached_property
+    def turn_end(self) -> int:
+        """The token behind an answer (see `turn_end`).
+
+        Raises:
+            UsageError: The chat template fails.
+        """
+        return int(self.tokenizer.convert_tokens_to_ids(self._turn_end))
+
+    @functools.cached_property
+    def _turn_end(self) -> str:
+        try:
+            return turn_end(self.tokenizer)
+        except Exception as error:
+            raise UsageError(f"the chat template of {self.name} fails: {error}") from error
+
     def tokens(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation: only answers, each with its end-of-text token, are supervised.
+        """Ids and labels of a conversation: only answers, each with the token that ends it, are supervised.
 
         Raises:
             InputError: Nothing supervised is left, as when the question alone fills the limit.
@@ -195,8 +236,8 @@ class Chat:
         labels = [IGNORED] * len(ids)
         for text, supervised in self._segments(turns):
             added = self._words(text) if supervised else self._ids(text)
-            if supervised and added[-1:] != [self.end]:
-                added.append(self.end)
+            if supervised and added[-1:] != [self.turn_end]:
+                added.append(self.turn_end)
             ids += added
             labels += added if supervised else [IGNORED] * len(added)
         return ids, labels
@@ -238,8 +279,7 @@ class Chat:
                     hint="Take a language model whose template only appends turns, or conversations of one question.",
                 )
             stop = at + len(turns[place])
-            end = self.tokenizer.eos_token
-            stop += len(end) * whole.startswith(end, stop)
+            stop += len(self._turn_end) * whole.startswith(self._turn_end, stop)
             pieces += [(whole[done : len(asked)], False), (whole[len(asked) : stop], True)]
             done = stop
         return [*pieces, (whole[done:], False)] if len(turns) % 2 else pieces

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gmail_cli.components import compilation, hub
-from gmail_cli.errors import InputError, SetupError, UsageError
+from gmail_cli.errors import InputError, SetupError, UsageError, import_failure
 
 Mapping: TypeAlias = Literal["mlp", "transformer"]
 
@@ -346,7 +346,7 @@ def load_lm(
 
     Raises:
         InputError: Its weights hold something else than tensors.
-        SetupError: The model can be neither found nor fetched.
+        SetupError: The model can be neither found nor fetched, or a library that it needs cannot be imported.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
@@ -363,6 +363,8 @@ def load_lm(
             with hub.tensors_alone(str(ref)):
                 lm = AutoModelForCausalLM.from_pretrained(place, revision=revision or None, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if failure := import_failure(error):
+            raise failure from error
         reason = textwrap.shorten(str(error), 300)
         hint = f"Give tiny, a folder in transformers format, or a hub id with {key}."
         if revision:

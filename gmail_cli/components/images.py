@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from gmail_cli.components.captions import inside
+from gmail_cli.components.captions import Encoded, inside
 from gmail_cli.errors import InputError
 
 MAX_PIXELS = 2**26
@@ -59,12 +59,13 @@ def decode(data: bytes, *, name: str = "image") -> Image.Image:
     an animation taken, and grey, palette and CMYK converted.
 
     Args:
-        data: The encoded image.
+        data: The encoded image; where it lies is told too if it says so (``Encoded``).
         name: What an error calls it.
 
     Raises:
         InputError: The bytes are no image, are cut short, or hold more than ``MAX_PIXELS``.
     """
+    name = f"{name}, {data.origin}" if isinstance(data, Encoded) else name
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -332,7 +333,7 @@ class GeneratedSet:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
         if hashlib.sha256(data).hexdigest() != row.sha256:
             raise InputError(f"{path} is not the image that records.jsonl names", hint="Generate it again.")
-        return data
+        return Encoded(data, origin=str(path))
 
 
 def _generated_image(data: bytes, where: str, folder: Path) -> GeneratedImage:

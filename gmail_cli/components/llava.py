@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -394,7 +395,7 @@ def answer(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, by greedy or beam search.
+    """What the model writes after each prompt up to the end of its turn, by greedy or beam search.
 
     Args:
         model: In eval mode.
@@ -407,7 +408,7 @@ def answer(
     """
     device, end = model.real.first.weight.device, int(model.tokenizer.eos_token_id)
     ends = getattr(model.lm.generation_config, "eos_token_id", None) or []
-    stops = sorted({end, *([ends] if isinstance(ends, int) else ends)})
+    stops = sorted({end, model.chat(limit=model.context).turn_end, *([ends] if isinstance(ends, int) else ends)})
     texts: list[str] = []
     used = 0
     for start in range(0, len(prompts), batch_size):
@@ -427,7 +428,8 @@ def answer(
             eos_token_id=stops,
             pad_token_id=end,
         )
-        texts += [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        said = [list(itertools.takewhile(lambda token: token not in stops, row)) for row in written.tolist()]
+        texts += [text.strip() for text in model.tokenizer.batch_decode(said, skip_special_tokens=True)]
         if progress:
             progress(len(texts), len(prompts))
     return texts

@@ -11,6 +11,7 @@ number of rows, a row is padded to a length that its own prompt determines, and 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -23,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from gmail_cli.components.conversations import rendered
+from gmail_cli.components.conversations import rendered, turn_end
 from gmail_cli.components.heads import generate, load_lm
 from gmail_cli.errors import UsageError
 
@@ -90,7 +91,6 @@ class Rewriter:
         self._batch_size, self._seed = batch_size, seed
         ends = getattr(lm.generation_config, "eos_token_id", None)
         known = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-        self._stops = sorted({int(each) for each in known if each is not None})
         self._room = int(getattr(lm.config.get_text_config(), "max_position_embeddings", 2048)) - max_tokens
         asked = len(self._ask(""))
         if asked >= self._room:
@@ -99,6 +99,9 @@ class Rewriter:
                 f"{self._room + max_tokens} in all",
                 hint="Set generate.rewrite.max_tokens lower, shorten the instruction, or take another language model.",
             )
+        if tokenizer.chat_template and tokenizer.eos_token:
+            known.append(tokenizer.convert_tokens_to_ids(turn_end(tokenizer)))
+        self._stops = sorted({int(each) for each in known if each is not None})
 
     def write(self, wanted: Sequence[Wanted]) -> Iterator[list[tuple[int, str | None]]]:
         """Write prompts, batch by batch; those of like length together.
@@ -158,8 +161,9 @@ class Rewriter:
             eos_token_id=self._stops or None,
             pad_token_id=pad,
         )[: len(prompts), length:]
-        texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
-        ended = [bool(set(row) & set(self._stops)) for row in written.tolist()]
+        rows = [list(itertools.takewhile(lambda token: token not in self._stops, row)) for row in written.tolist()]
+        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        ended = [len(row) < written.shape[1] for row in rows]
         chat = bool(self._tokenizer.chat_template)
         if chat and self._told("").rstrip().endswith(THOUGHT[0]):  # begun by the template
             texts = [THOUGHT[0] + text for text in texts]

@@ -208,7 +208,8 @@ def clip_job(
     from open_clip.transformer import PatchDropout, VisionTransformer
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    model = copy.deepcopy(clip.model).requires_grad_(True).train().to(memory_format=torch.channels_last)
+    layout = _layout(clip)
+    model = copy.deepcopy(clip.model).requires_grad_(True).train().to(memory_format=layout)
     together = parallel.ranks().count > 1
     if together and (patch_dropout or any(isinstance(module, _BatchNorm) for module in model.modules())):
         what = f"train.patch_dropout = {patch_dropout}" if patch_dropout else f"the batch normalisation of {clip.name}"
@@ -234,7 +235,7 @@ def clip_job(
         stored, _ = arm.draw(rows)
         share = parallel.ranks().share(len(rows))
         shown = augmented(stored, augment)[share].to(clip.device)
-        pixels = ((shown.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        pixels = ((shown.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(memory_format=layout)
         if dropout is not None:
             dropout.prob = patch_dropout if step < whole_from else 0.0
         with quick_attention(clip.device):
@@ -259,6 +260,19 @@ def clip_job(
         export_clip(clip, model, folder)
 
     return Job(module=model, loss=loss, rows=len(pairs), export=export)
+
+
+def _layout(clip: Clip) -> torch.memory_format:
+    """How images and kernels lie in memory: the channels of a pixel together, which is faster.
+
+    Not on a CPU for towers with strided convolutions of one pixel (MobileCLIP): on large images torch 2.15 writes past
+    the end of its memory in the gradient of those.
+    """
+    strided = any(
+        isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1} and max(module.stride) > 1
+        for module in clip.model.visual.modules()
+    )
+    return torch.contiguous_format if strided and clip.device.type == "cpu" else torch.channels_last
 
 
 def augmented(pixels: UInt8[Tensor, "batch size size 3"], augment: Augment) -> UInt8[Tensor, "batch size size 3"]:

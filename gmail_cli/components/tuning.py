@@ -5,7 +5,7 @@ plain open_clip model. f_r itself is never touched.
 
 LoRA is computed as ``W + scale * B A`` on the weights, not by peft's wrapped layers, because peft 0.21's
 ``MultiheadAttention`` adds and subtracts the update around every forward pass (the frozen weights drift by 1e-7 and a
-resumed run would end in other bytes) and applies that of ``out_proj`` twice. The adapter leaves ``out_proj`` alone,
+resumed run would end in other bytes) and applies that of its ``out_proj`` twice. The adapter leaves that one alone,
 so what is saved behaves the same in plain peft, with and without that defect.
 """
 
@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -193,8 +193,10 @@ def add_lora(
             own = dict.fromkeys(re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in lora_targets(clip.model.visual))
             hint = f"Name modules of the image tower; left empty it takes {', '.join(own)}."
             raise UsageError(f"align.lora_targets = {targets}: {error}", hint=hint) from error
+    fused = {path for path, module in visual.named_modules() if isinstance(module, nn.MultiheadAttention)}
     for name, parameter in adapter.named_parameters():
-        if ".out_proj." in name:
+        owner, out_proj, _ = name.replace(".base_layer", "").partition(".out_proj.")
+        if out_proj and owner.removeprefix("base_model.model.") in fused:
             parameter.requires_grad_(False)
     return TunedTower(visual, adapter, dropout=dropout)
 
@@ -217,7 +219,7 @@ def unfreeze_projection(clip: Clip) -> TunedTower:
     last = (
         "attnpool.c_proj."
         if isinstance(visual, ModifiedResNet)
-        else "head."
+        else _timm_projection(visual)
         if isinstance(visual, TimmModel)
         else "visual_projection."
         if isinstance(visual, Visual)
@@ -231,6 +233,15 @@ def unfreeze_projection(clip: Clip) -> TunedTower:
     for parameter in found:
         parameter.requires_grad_(True)
     return TunedTower(visual)
+
+
+def _timm_projection(visual: Any) -> str:
+    """Where names of the projection's parameters begin: open_clip's own behind the trunk, or else timm's classifier,
+    which EVA-CLIP, MobileCLIP and others have for it."""
+    if any(True for _ in visual.head.parameters()):
+        return "head."
+    classifier = visual.trunk.get_classifier()
+    return next((f"{name}." for name, module in visual.named_modules() if module is classifier), "head.")
 
 
 def save_adapter(tower: TunedTower, folder: Path, *, base: str) -> None:

@@ -10,8 +10,9 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -61,12 +62,20 @@ def locate(ref: str | None, *, named_by: str = "--profile", environment: Mapping
     raise UsageError(f"{source}: no profile {ref!r}", hint=hint)
 
 
-def load(ref: str | Path | None = None, *, overrides: Iterable[str] = (), named_by: str = "--profile") -> Profile:
+def load(
+    ref: str | Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, str] = MappingProxyType({}),
+    named_by: str = "--profile",
+) -> Profile:
     """Load a profile and apply ``section.key=value`` overrides.
 
     Args:
         ref: A shipped name, a path, or None for the default search order (:func:`locate`).
-        overrides: Texts as given to ``--set``; the value is TOML, or a bare string.
+        overrides: Texts as given to ``--set``; the value is TOML, or a bare string. A later one of a key wins.
+        options: Keys whose first override came from another option than ``--set``, and its name, for the message;
+            empty where it only followed from one.
         named_by: The option or argument that named ``ref``, for the message.
 
     Raises:
@@ -79,10 +88,17 @@ def load(ref: str | Path | None = None, *, overrides: Iterable[str] = (), named_
         raise UsageError(f"profile {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"profile {path} is not UTF-8 text: {error}") from error
-    return loads(text, overrides=overrides, origin=str(path), name=path.stem)
+    return loads(text, overrides=overrides, options=options, origin=str(path), name=path.stem)
 
 
-def loads(text: str, *, overrides: Iterable[str] = (), origin: str = "profile", name: str = "custom") -> Profile:
+def loads(
+    text: str,
+    *,
+    overrides: Iterable[str] = (),
+    options: Mapping[str, str] = MappingProxyType({}),
+    origin: str = "profile",
+    name: str = "custom",
+) -> Profile:
     """Like :func:`load`, from TOML text; ``origin`` names it in errors, ``name`` is the default of `name`."""
     try:
         values = tomllib.loads(text)
@@ -90,17 +106,22 @@ def loads(text: str, *, overrides: Iterable[str] = (), origin: str = "profile", 
         hint = "Correct that place; `gmail profile show tiny` prints a profile that loads."
         raise UsageError(f"{origin} is not valid TOML: {error}", hint=hint) from error
     values.setdefault("name", name)
-    typed = {_apply(values, override) for override in overrides}
+    typed: dict[str, str] = {}
+    for override in overrides:
+        key = _apply(values, override)
+        typed[key] = "--set" if key in typed else options.get(key, "--set")
     return build(values, origin=origin, typed=typed)
 
 
-def build(values: Mapping[str, Any], *, origin: str = "profile", typed: Collection[str] = ()) -> Profile:
+def build(
+    values: Mapping[str, Any], *, origin: str = "profile", typed: Mapping[str, str] = MappingProxyType({})
+) -> Profile:
     """Validate nested values into a :class:`Profile`.
 
     Args:
         values: What the TOML says.
         origin: Where it stands, for the message.
-        typed: Keys that came from the command line, for the message.
+        typed: Keys that came from the command line, and the option that each was given by, for the message.
 
     Raises:
         UsageError: Names each wrong key, its value, what is allowed and the nearest known key.
@@ -111,8 +132,8 @@ def build(values: Mapping[str, Any], *, origin: str = "profile", typed: Collecti
         lines = []
         for item in error.errors()[:8]:
             key = ".".join(map(str, item["loc"])) + "."
-            by_option = any(key.startswith(f"{each}.") or f"{each}.".startswith(key) for each in typed)
-            lines.append(f"{'--set' if by_option else origin}: {_explain(item)}")
+            given = (typed[each] for each in typed if key.startswith(f"{each}.") or f"{each}.".startswith(key))
+            lines.append(f"{', '.join(dict.fromkeys(filter(None, given))) or origin}: {_explain(item)}")
         raise UsageError("\n".join(lines)) from None
 
 

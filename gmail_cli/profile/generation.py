@@ -16,6 +16,7 @@ from gmail_cli.profile.values import (
     NonNegative,
     Number,
     Positive,
+    Revision,
     Section,
     Templates,
 )
@@ -48,7 +49,7 @@ class Generator(Section):
     caption and k alone."""
     model: str | None = None
     """As `generate.model`."""
-    revision: str | None = None
+    revision: Revision | None = None
     """As `generate.revision`."""
     lora: str | None = None
     """As `generate.lora`."""
@@ -86,7 +87,7 @@ class Rewrite(Section):
     lm: str = ""
     """Causal language model that writes them: `tiny` (shipped), a folder in transformers format, or a hub id. Empty:
     captions stay as they are. The caption of each record stays in any case; what was written is beside it."""
-    revision: str = ""
+    revision: Revision = ""
     """Commit of a hub model; required for one, so that the artifact says which weights wrote."""
     instruction: str = "Rewrite this caption of a photo as one detailed sentence about what can be seen: {}"
     """What it is told, `{}` standing for the caption: as a user's turn where its tokenizer has a chat template; else it
@@ -130,7 +131,7 @@ class Generate(Section):
     """Images per caption: 20 image records of 5 captions give 500 images at `per_caption = 5`."""
     model: str = "tiny"
     """Text-to-image pipeline: `tiny` (shipped), a folder in diffusers format, or a hub id."""
-    revision: str = ""
+    revision: Revision = ""
     """Commit of a hub model; required for one, so that the artifact says which weights drew it."""
     lora: str = ""
     """LoRA weights to add to `model`: a `.safetensors` file that `pipeline.save_lora_weights` wrote."""
@@ -191,7 +192,7 @@ class Generate(Section):
     safety_checker: str = ""
     """Say how unsafe each image is (`unsafe`, 0 to 1), by Stable Diffusion's safety checker or an image classifier: a
     folder in transformers format or a hub id. Empty: none. Scores the images too."""
-    safety_revision: str = ""
+    safety_revision: Revision = ""
     """Commit of a hub `safety_checker`; required for one."""
     unsafe_label: str = ""
     """Class of the classifier that means unsafe, such as `nsfw`; empty for Stable Diffusion's safety checker."""

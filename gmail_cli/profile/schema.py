@@ -18,6 +18,7 @@ from gmail_cli.profile.values import (
     Listed,
     NonNegative,
     Positive,
+    Revision,
     Section,
     Strings,
 )
@@ -96,8 +97,8 @@ class Model(Section):
     clip: str = "tiny"
     """CLIP to start from: `tiny` (shipped), a local folder in open_clip's or transformers' format (CLIP, SigLIP; DINOv2
     and ViT as towers of images alone), `hf-hub:owner/name` of either, or `ARCH/pretrained-tag`."""
-    revision: str = ""
-    """Commit of a hub model; empty takes the newest and records which it was."""
+    revision: Revision = ""
+    """Commit of a hub model; required for `hf-hub:owner/name`, so that artifacts say which weights embedded."""
 
 
 TERMS = ("eq1", "symmetric", "cosine", "siglip", "stablerep", "text", "real-text", "hycd", "rafa", "coral", "mmd")
@@ -255,7 +256,7 @@ class Train(Section):
     lm: str = "tiny"
     """`clipcap`, `ifcap`, `sitta`, `llava`: causal language model: `tiny` (shipped), a folder in transformers format,
     or a hub id."""
-    lm_revision: str = ""
+    lm_revision: Revision = ""
     """Commit of a hub language model; required for one."""
     tune_lm: bool = False
     """`clipcap`, `ifcap`: train the language model too."""

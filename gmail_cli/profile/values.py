@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 TEMPLATE_SETS = ("openai-imagenet", "simple-imagenet")
+MOVING = frozenset({"main", "master", "HEAD"})
+"""Names of what a repository holds today, whatever that is."""
 
 
 def _tuple(value: Any) -> Any:
@@ -15,6 +17,12 @@ def _tuple(value: Any) -> Any:
 
 def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _tuple(value)
+
+
+def _fixed(revision: str) -> str:
+    if revision in MOVING or revision.startswith("refs/"):
+        raise ValueError("a branch moves, so it does not say which weights these are: give a commit of the repository")
+    return revision
 
 
 Listed = BeforeValidator(_tuple)
@@ -26,6 +34,8 @@ Limit = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Revision = Annotated[str, AfterValidator(_fixed)]
+"""Commit (or tag) of a repository on a hub; empty where there is none."""
 Number = Literal["float32", "float16", "bfloat16"]
 
 

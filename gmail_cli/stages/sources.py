@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,18 @@ def require_clip_of(aligned: Artifact, profile: Profile) -> None:
             f"{aligned.path} was aligned from another model (digest {tuned[:12]}) than model.clip = "
             f"{profile.model.clip!r} ({digest[:12]})",
             hint="Run `gmail align` with this model.clip, or name an artifact that was made from it with --aligned.",
+        )
+
+
+def tell_of_random_weights(profile: Profile, tell: Callable[[str], None]) -> None:
+    """Say that ``model.clip`` names an architecture alone, where it does."""
+    from gmail_cli.components.clip_files import has_random_weights
+
+    name = profile.model.clip
+    if has_random_weights(name):
+        tell(
+            f"model.clip = {name!r} is an architecture without weights, so they are random: for trained ones name "
+            "ARCH/pretrained-tag, such as ViT-B-16/openai, or a folder"
         )
 
 

@@ -8,6 +8,18 @@ from __future__ import annotations
 
 from gmail_cli.components.captions.reading import Format, Part, check_disjoint, read
 from gmail_cli.components.captions.records import Caption, Dataset, Image, Kind
-from gmail_cli.components.captions.sources import ImageSource, inside
+from gmail_cli.components.captions.sources import Encoded, ImageSource, inside
 
-__all__ = ["Caption", "Dataset", "Format", "Image", "ImageSource", "Kind", "Part", "check_disjoint", "inside", "read"]
+__all__ = [
+    "Caption",
+    "Dataset",
+    "Encoded",
+    "Format",
+    "Image",
+    "ImageSource",
+    "Kind",
+    "Part",
+    "check_disjoint",
+    "inside",
+    "read",
+]

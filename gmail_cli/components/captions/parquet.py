@@ -33,7 +33,7 @@ from gmail_cli.components.captions.formats import (
     texts_of,
 )
 from gmail_cli.components.captions.remote import Location, Remote
-from gmail_cli.components.captions.sources import ImageSource
+from gmail_cli.components.captions.sources import Encoded, ImageSource
 from gmail_cli.errors import InputError
 
 ROW_GROUP_BUDGET = 256 * 2**20
@@ -83,7 +83,7 @@ class ParquetBytes:
         data = next(iter(cell.values())) if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
             raise InputError(f"{self.path}: row {self.row} of row group {self.group} holds no image bytes")
-        return data
+        return Encoded(data, origin=f"row {self.row} of row group {self.group} in {self.path}")
 
     def identity(self) -> str:
         return hashlib.sha256(self.read()).hexdigest()

@@ -18,6 +18,21 @@ _Folder = TypeVar("_Folder", bound=Location)
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
+class Encoded(bytes):
+    """The bytes of an encoded image that know where they lie.
+
+    Attributes:
+        origin: The file, the member of a tar or the row of a table, for messages.
+    """
+
+    origin: str
+
+    def __new__(cls, data: bytes, *, origin: str) -> Encoded:
+        made = super().__new__(cls, data)
+        made.origin = origin
+        return made
+
+
 @runtime_checkable
 class ImageSource(Protocol):
     """The bytes of one image."""
@@ -62,7 +77,7 @@ class FileBytes:
 
     def read(self) -> bytes:
         try:
-            return self.path.read_bytes()
+            return Encoded(self.path.read_bytes(), origin=str(self.path))
         except OSError as error:
             raise InputError(f"cannot read the image {self.path}: {error.strerror or error}") from error
 
@@ -91,7 +106,7 @@ class TarBytes:
             raise InputError(f"cannot read {self.name} in {self.path}: {error.strerror or error}") from error
         if len(data) != self.size:
             raise InputError(f"{self.path} ends inside {self.name}", hint="Copy or download the tar again.")
-        return data
+        return Encoded(data, origin=f"{self.name} in {self.path}")
 
     def identity(self) -> str:
         return hashlib.sha256(self.read()).hexdigest()
