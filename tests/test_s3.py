@@ -101,7 +101,9 @@ def test_an_export_goes_up_file_by_file_the_table_last_and_is_read_where_it_lies
         exporting.export(drawn, f"{bucket}/made", shard_images=5)
     asked = re.findall(r'"(PUT|POST|DELETE) ([^ ?]*)', caplog.text)
     names = [*(f"0000{number}.tar" for number in range(3)), "images.parquet"]
-    assert asked == [("PUT", f"/sets/made/{name}") for name in names], "each is put once, in order; nothing is renamed"
+    mark = "/sets/made/images.parquet.unfinished"
+    puts = [("PUT", mark), *(("PUT", f"/sets/made/{name}") for name in names)]
+    assert asked == [*puts, ("DELETE", mark)], "each is put once, in order; nothing is renamed"
 
     system = s3fs.S3FileSystem()
     system.invalidate_cache()
@@ -134,12 +136,43 @@ def test_an_export_that_was_cut_short_has_no_table_and_is_written_over(bucket: s
     with pytest.raises(KeyboardInterrupt):
         exporting.export(drawn, f"{bucket}/cut", shard_images=5, progress=stop)
     system = s3fs.S3FileSystem()
-    assert system.ls("sets/cut", detail=False) == ["sets/cut/00000.tar"]
+    assert system.ls("sets/cut", detail=False) == ["sets/cut/00000.tar", "sets/cut/images.parquet.unfinished"]
+    system.pipe_file("sets/cut/readme.txt", b"kept")
     exporting.export(drawn, f"{bucket}/cut", shard_images=5)
     system.invalidate_cache()
-    assert system.exists("sets/cut/images.parquet")
+    names = ["00000.tar", "00001.tar", "00002.tar", "images.parquet", "readme.txt"]
+    assert system.ls("sets/cut", detail=False) == [f"sets/cut/{name}" for name in names]
+    with pytest.raises(UsageError, match="sets/cut is there already"):
+        exporting.export(drawn, f"{bucket}/cut")
     with pytest.raises(SetupError, match="cannot write s3://nobody/made"):
         exporting.export(drawn, "s3://nobody/made")
+
+
+def test_an_export_goes_on_with_fewer_tars_and_leaves_none_of_the_others(bucket: str, drawn: Artifact) -> None:
+    import s3fs
+
+    def stop(done: int, total: int) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exporting.export(drawn, f"{bucket}/fewer", shard_images=2, progress=stop)
+    exporting.export(drawn, f"{bucket}/fewer", shard_images=6)
+    system = s3fs.S3FileSystem()
+    system.invalidate_cache()
+    names = ["00000.tar", "00001.tar", "images.parquet"]
+    assert system.ls("sets/fewer", detail=False) == [f"sets/fewer/{name}" for name in names]
+    assert len(captions.read(f"{bucket}/fewer/*.tar", need_images=True).images) == 12
+
+
+def test_what_lies_at_an_address_and_is_no_export_is_left_alone(bucket: str, drawn: Artifact) -> None:
+    import s3fs
+
+    system = s3fs.S3FileSystem()
+    system.pipe_file("sets/others/00000.tar", b"somebody's")
+    with pytest.raises(UsageError, match=r"s3://sets/others holds something else: 00000\.tar"):
+        exporting.export(drawn, f"{bucket}/others")
+    assert system.cat_file("sets/others/00000.tar") == b"somebody's"
 
 
 def test_an_address_without_its_slashes_is_named(drawn: Artifact) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gmail_cli.artifacts import disk
 from gmail_cli.errors import GmailError, SetupError, UsageError
@@ -17,6 +17,8 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
 """fsspec's names of stores without folders; asked for one, they would make a bucket of a misspelt name."""
 EXPORTED = "images.parquet"
 """The last file of an export."""
+UNFINISHED = "images.parquet.unfinished"
+"""Lies at a URL while an export goes on."""
 
 
 def export_folder(target: Path, writer: Callable[[Path], object]) -> None:
@@ -75,14 +77,16 @@ def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object
     """Write files of the user's one after another, the last of which says that all are there.
 
     A folder appears whole (:func:`export_folder`). At an fsspec URL each file is put where it belongs when it is
-    complete, and nothing is renamed there: an export that was cut short lacks the last file and is written over.
+    complete, and nothing is renamed there. A file `UNFINISHED` lies there meanwhile: an export that was cut short has
+    it, and what it wrote is written anew.
 
     Args:
         target: A folder that does not exist yet or is empty, or a URL such as ``s3://bucket/folder``.
         files: Name and writer of each, taken one at a time.
 
     Raises:
-        UsageError: The folder holds something; at the URL there is a complete export; a URL without its slashes.
+        UsageError: The folder holds something; at the URL there is a complete export or something else; a URL without
+            its slashes.
         SetupError: It cannot be written.
     """
     if "://" not in target:
@@ -100,10 +104,21 @@ def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object
 
     with _reached(target), tempfile.TemporaryDirectory() as local:
         system, root = fsspec.core.url_to_fs(target)
+        unfinished = f"{root}/{UNFINISHED}"
         if system.exists(f"{root}/{EXPORTED}"):
+            if system.exists(unfinished):
+                system.rm_file(unfinished)
             raise UsageError(f"{target} is there already", hint="Name a new folder.")
+        there = system.find(root, maxdepth=1)
+        if there and not system.exists(unfinished):
+            named = ", ".join(sorted(PurePosixPath(each).name for each in there)[:3])
+            raise UsageError(f"{target} holds something else: {named}", hint="Name a new folder.")
         if not _OBJECT_STORES & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
             system.makedirs(root, exist_ok=True)
+        system.pipe_file(unfinished, b"")
+        for left in there:  # as many tars may not be written this time
+            if left.endswith(".tar"):
+                system.rm_file(left)
         for name, write in files:
             path = Path(local, name)
             try:
@@ -113,6 +128,7 @@ def export_files(target: str, files: Iterable[tuple[str, Callable[[Path], object
                 raise SetupError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
             system.put_file(str(path), f"{root}/{name}")
             path.unlink()
+        system.rm_file(unfinished)
 
 
 @contextlib.contextmanager
