@@ -1,12 +1,11 @@
 """Questions about scenes of the built-in world in the formats of the field, and a language model that can answer them.
 
-    python benchmarks/scene_questions.py FOLDER [--training 400] [--test 500] [--steps 800]
+    python benchmarks/scene_questions.py FOLDER [--training 400] [--test 500] [--steps 1500]
 
-FOLDER gets ``conversations.json`` (LLaVA's): about each of the first scenes of ``scenes:train`` three questions and the
-request for a caption; and for the first scenes of ``scenes:test`` a question each with options in ScienceQA's layout
-(``scienceqa/``) and another to be answered in a word, in MMMU's (``mmmu.parquet``). A question is about one of five
-attributes: of the largest thing its class, colour and position; the ground; the sky. Those with options have the
-attribute as their subject.
+FOLDER gets ``conversations.json`` (LLaVA's): about each of the first scenes of ``scenes:train`` five questions, each to
+be answered in a word, and the request for a caption; and ``mmmu.parquet`` (MMMU's): one such question about each of the
+first scenes of ``scenes:test``. The questions are about five attributes: of the largest thing its class, colour and
+position; the ground; the sky.
 
 ``lm/`` is a small causal language model in transformers' format that has learned from text alone to answer them, about
 captions that stand where the image will: what LLaVA expects of its language model. How often it is right about captions
@@ -21,7 +20,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,104 +38,64 @@ ASKED = {
     "ground": "What is the ground?",
     "sky": "How is the sky?",
 }
-OPTIONS = 3
-ASKED_AT_ONCE = 3
 PROMPT = "Describe the image in one sentence."
 TEXTS = 20_000
 """Scenes whose captions the language model learns from, none of them among those that are shown."""
-BATCH = 24
+BATCH = 32
 LANGUAGE = 0.1
 """Weight of the loss over all tokens beside that over answers."""
 
-Values = dict[str, list[str]]
-
 
 def main() -> None:
-    """Write the four."""
+    """Write the three."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--training", type=int, default=400)
     parser.add_argument("--test", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     given = parser.parse_args()
     folder: Path = given.folder
     folder.mkdir(parents=True)
-    told = [scenes.attributes(scenes.sample_scene("train", index)) for index in range(400)]
-    values = {name: sorted({each[name] for each in told}) for name in ASKED}
     records = []
     for index in range(given.training):
         scene = scenes.sample_scene("train", index)
-        turns = talk(scene, values)
+        turns = talk(scene)
         said = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(turns)]
         records.append({"id": scene.scene_id, "image": scene.scene_id, "conversations": said})
     (folder / "conversations.json").write_text(json.dumps(records, indent=1))
-    science_qa(folder / "scienceqa", given.test, values)
     mmmu(folder / "mmmu.parquet", given.test)
-    language_model(folder / "lm", values, steps=given.steps, test=given.test)
+    language_model(folder / "lm", steps=given.steps, test=given.test)
 
 
-def talk(scene: scenes.Scene, values: Values) -> list[str]:
-    """Some questions about a scene, each with its answer, then the request for a caption with the first one."""
+def talk(scene: scenes.Scene) -> list[str]:
+    """The questions about a scene, each with its answer, then the request for a caption with the first one."""
     facts, dice = scenes.attributes(scene), random.Random(f"talk/{scene.scene_id}")
     turns: list[str] = []
-    for name in dice.sample(list(ASKED), ASKED_AT_ONCE):
-        turns += asked("scienceqa" if dice.random() < 1 / 3 else "mmmu", facts, name, values, dice)
+    for name in dice.sample(list(ASKED), len(ASKED)):
+        turns += [prompt(name), facts[name]]
     turns[0] = f"<image>\n{turns[0]}"
     return [*turns, PROMPT, scenes.captions(scene)[0]]
 
 
-def asked(
-    kind: Literal["scienceqa", "mmmu"], facts: dict[str, str], name: str, values: Values, dice: random.Random
-) -> tuple[str, str]:
-    """The question as the evaluation writes it, and its answer."""
-    options, right = choices(facts, name, values, dice) if kind == "scienceqa" else ([], 0)
-    question = Question(id=name, options=tuple(options), right=(right,), groups=(), text=ASKED[name])
-    text = QuestionSet(benchmark=kind, questions=(question,), files=()).prompt(question)
+def prompt(name: str) -> str:
+    """The question about an attribute as the evaluation puts it."""
+    question = Question(id=name, options=(), right=(), groups=(), text=ASKED[name])
+    text = QuestionSet(benchmark="mmmu", questions=(question,), files=()).prompt(question)
     assert text is not None
-    return text, "ABCDE"[right] if options else facts[name]
+    return text
 
 
-def choices(facts: dict[str, str], name: str, values: Values, dice: random.Random) -> tuple[list[str], int]:
-    """The right value among others of the attribute, and its place."""
-    others = dice.sample([each for each in values[name] if each != facts[name]], OPTIONS - 1)
-    options = dice.sample([facts[name], *others], OPTIONS)
-    return options, options.index(facts[name])
-
-
-def test_question(kind: Literal["scienceqa", "mmmu"], index: int, values: Values) -> tuple[str, list[str], str]:
-    """What is asked of a test scene: which attribute, its options, the right value."""
-    facts = scenes.attributes(scenes.sample_scene("test", index))
-    dice = random.Random(f"{kind}/{index}")
-    name = dice.choice(list(ASKED))
-    return name, choices(facts, name, values, dice)[0] if kind == "scienceqa" else [], facts[name]
-
-
-def science_qa(folder: Path, test: int, values: Values) -> None:
-    """ScienceQA's folder."""
-    problems = {}
-    for index in range(test):
-        name, options, right = test_question("scienceqa", index, values)
-        problems[str(index)] = {
-            "question": ASKED[name],
-            "choices": options,
-            "answer": options.index(right),
-            "hint": "",
-            "image": "image.png",
-            "subject": name,
-            "grade": "grade1",
-        }
-        image = folder / "images" / "test" / str(index) / "image.png"
-        image.parent.mkdir(parents=True)
-        image.write_bytes(scenes.scene_bytes("test", index))
-    (folder / "problems.json").write_text(json.dumps(problems))
-    (folder / "pid_splits.json").write_text(json.dumps({"test": list(problems)}))
+def test_question(index: int) -> tuple[str, str]:
+    """Which attribute of a test scene is asked for, and the answer."""
+    name = random.Random(f"test/{index}").choice(list(ASKED))
+    return name, scenes.attributes(scenes.sample_scene("test", index))[name]
 
 
 def mmmu(file: Path, test: int) -> None:
     """MMMU's Parquet file of open questions."""
     rows = []
     for index in range(test):
-        name, _, right = test_question("mmmu", index, {})
+        name, right = test_question(index)
         image = {"bytes": scenes.scene_bytes("test", index), "path": f"{index}.png"}
         rows.append(
             {"id": f"validation_{name}_{index}", "question": f"<image 1> {ASKED[name]}", "options": "[]"}
@@ -148,13 +107,13 @@ def mmmu(file: Path, test: int) -> None:
 # -- the language model ------------------------------------------------------------------------------------------
 
 
-def language_model(folder: Path, values: Values, *, steps: int, test: int) -> None:
+def language_model(folder: Path, *, steps: int, test: int) -> None:
     """Train it on what is said of scenes' captions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     known = [scenes.sample_scene("train", 100_000 + index) for index in range(TEXTS)]
     shown = [scenes.captions(scene)[0] for scene in known]
-    talks = [talk(scene, values)[:-2] for scene in known]
+    talks = [talk(scene)[:-2] for scene in known]
     tokenizer = tokenizer_of([*shown, *("\n".join(each) for each in talks)])
     chat = Chat(tokenizer, name="lm", image_tokens=1, limit=512)
     rows = [
@@ -193,8 +152,7 @@ def language_model(folder: Path, values: Values, *, steps: int, test: int) -> No
             print(f"step {step}, loss of {told}, {time.perf_counter() - start:.0f} s", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    right = {kind: answered(model.eval(), chat, kind, values, test) for kind in ("scienceqa", "mmmu")}
-    print(json.dumps({"parameters": model.num_parameters(), "right about captions": right}))
+    print(json.dumps({"parameters": model.num_parameters(), "right about captions": right(model.eval(), chat, test)}))
 
 
 def tokenizer_of(texts: Sequence[str]) -> Any:
@@ -221,20 +179,16 @@ def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, t
     return ids, torch.tensor([each + [IGNORED] * (longest - len(each)) for _, each in rows])
 
 
-def answered(model: Any, chat: Chat, kind: Literal["scienceqa", "mmmu"], values: Values, test: int) -> float:
+def right(model: Any, chat: Chat, test: int) -> float:
     """The share of the test questions that it answers about the scenes' captions."""
-    right = 0
+    count = 0
     for index in range(test):
-        scene = scenes.sample_scene("test", index)
-        name, options, value = test_question(kind, index, values)
-        question = Question(id=name, options=tuple(options), right=(0,), groups=(), text=ASKED[name])
-        text = QuestionSet(benchmark=kind, questions=(question,), files=()).prompt(question)
-        asking = chat.question([f"<image>\n{text}"])
-        ids, _ = filled(asking, asking, chat.tokenizer, scenes.captions(scene)[0])
+        name, answer = test_question(index)
+        asking = chat.question([f"<image>\n{prompt(name)}"])
+        ids, _ = filled(asking, asking, chat.tokenizer, scenes.captions(scenes.sample_scene("test", index))[0])
         made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :]
-        given = chat.tokenizer.decode(made, skip_special_tokens=True).strip()
-        right += given == ("ABCDE"[options.index(value)] if options else value)
-    return right / test
+        count += chat.tokenizer.decode(made, skip_special_tokens=True).strip() == answer
+    return count / test
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ generators() { # table 17: the same weights with other settings
   done
 }
 
-questions() { # tables 10, 15
+questions() { # table 15
   [ -d questions ] || python "$here/scene_questions.py" questions > /dev/null
   asked "$eq1" questions
 }
@@ -99,7 +99,7 @@ questions() { # tables 10, 15
 asked() { # align artifact, name, options
   (
     common+=(--set train.lm=questions/lm --set train.conversations=questions/conversations.json --set eval.answer_tokens=4)
-    common+=(--set 'eval.questions=["questions/scienceqa","questions/mmmu.parquet"]')
+    common+=(--set eval.questions=questions/mmmu.parquet)
     cell "$2" "$1" --task llava "${images[@]}" "${learnt[@]}" --set train.steps=600 "${seeds[@]}" "${@:3}"
   )
 }
