@@ -110,7 +110,7 @@ def test_a_bad_value_is_told_by_the_option_that_gave_it() -> None:
     ],
 )
 def test_a_revision_that_moves_is_refused(key: str, moving: str) -> None:
-    with pytest.raises(UsageError, match=rf'^--set: {re.escape(key)} = "{moving}".*a branch moves.* give a commit'):
+    with pytest.raises(UsageError, match=rf'^--set: {re.escape(key)} = "{moving}": a branch moves.* give a commit'):
         profiles.load("tiny", overrides=[f"{key}={moving}"])
     profiles.load("tiny", overrides=[f"{key}=4e63672c03103b6c636b8fb4119ba982469b2955"])
 

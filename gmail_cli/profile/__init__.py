@@ -167,7 +167,7 @@ def _explain(item: Any) -> str:
     shown = json.dumps(item["input"], default=str)
     if location == "align.objective" and item["type"] == "string_pattern_mismatch":
         return f"{location} = {shown[:200]}: give paper, recommended, or a sum of {', '.join(TERMS)}, as cosine+0.5*eq1"
-    return f"{location} = {shown[:200]}: {item['msg']}"
+    return f"{location} = {shown[:200]}: {item['msg'].removeprefix('Value error, ')}"
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
