@@ -99,7 +99,7 @@ questions() { # table 15
 asked() { # align artifact, name, options
   (
     common+=(--set train.lm=questions/lm --set train.conversations=questions/conversations.json --set eval.answer_tokens=4)
-    common+=(--set eval.questions=questions/mmmu.parquet)
+    common+=(--set 'eval.questions=["questions/mmmu.parquet"]')
     cell "$2" "$1" --task llava "${images[@]}" "${learnt[@]}" --set train.steps=600 "${seeds[@]}" "${@:3}"
   )
 }
