@@ -107,13 +107,17 @@ def look(workspace: Workspace, key: StageKey, *, device: str) -> dict[str, Int64
         records each begins.
     """
     wanted = _alike(key.to_json())
-    return {
-        str(artifact.path): _places(artifact.path / RECORDS)
-        for artifact in _finished(workspace)
-        if _alike(artifact.manifest["key"]) == wanted
-        and str(artifact.manifest["device"]).split(":")[0] == device
-        and (artifact.path / RECORDS).is_file()
-    }
+    places = {}
+    for path in workspace.root.glob("*/generate/*"):
+        if path.name == "latest" or not (path / RECORDS).is_file():
+            continue
+        try:
+            made = Artifact.load(path, any_version=True).manifest  # one at a time: it lists every image
+        except InputError:
+            continue
+        if _alike(made["key"]) == wanted and str(made["device"]).split(":")[0] == device:
+            places[str(path.resolve())] = _places(path / RECORDS)
+    return places
 
 
 def _places(records: Path) -> Int64[Tensor, "2 images"]:
@@ -129,19 +133,6 @@ def _places(records: Path) -> Int64[Tensor, "2 images"]:
             at += len(line)
     table = torch.stack([torch.frombuffer(each, dtype=torch.int64) for each in (hashes, starts)])
     return table[:, table[0].argsort()].contiguous()
-
-
-def _finished(workspace: Workspace) -> Iterable[Artifact]:
-    """Every finished set of every run, the newest first."""
-    found = []
-    for path in workspace.root.glob("*/generate/*"):
-        if path.name == "latest" or path.name.endswith(".partial"):
-            continue
-        try:
-            found.append(Artifact.load(path, any_version=True))
-        except InputError:
-            continue
-    return sorted(found, key=lambda each: str(each.manifest["created"]), reverse=True)
 
 
 def _alike(key: Mapping[str, Any]) -> Record:
